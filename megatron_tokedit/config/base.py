@@ -1,0 +1,17 @@
+"""The base of every configuration section.
+
+Invariant: sections are frozen, unknown keys are errors, and a number given as text is an error, so that
+what a run records is exactly what it was asked for.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen pydantic model that forbids unknown keys and documents each field from its attribute docstring."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )

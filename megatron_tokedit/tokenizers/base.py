@@ -1,0 +1,45 @@
+"""The one tokenizer contract of the package.
+
+Invariant: ids mean the same as in Megatron-LM's tokenizer of the same type, and ``decode`` of unedited ids
+loses nothing (no whitespace clean-up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text <-> token ids."""
+
+    tokenizer_type: str
+    """``SentencePieceTokenizer`` or ``HuggingFaceTokenizer`` (Megatron-LM's names)."""
+    vocab_size: int
+    """Number of ids: the largest id plus one."""
+    eod: int
+    """Id appended by ``--append-eod``."""
+    bos: int | None
+    """Beginning-of-sequence id, where the tokenizer has one."""
+    pad: int | None
+    prepends_bos: bool
+    """True where a model that goes with this tokenizer expects BOS before the first token when it scores text."""
+    special_ids: frozenset[int]
+    """Control ids (eod, bos, pad, unknown, user-defined control symbols): never edited and never sampled."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over what determines the ids: model or tokenizer file contents and type."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, as Megatron-LM's preprocess_data.py writes them (no BOS unless it writes one)."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """``encode`` of every text; int32 arrays."""
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        """The exact text of ``ids``; special tokens are spelled out."""

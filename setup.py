@@ -1,0 +1,54 @@
+"""Packaging metadata; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megatron_tokedit/__init__.py").read_text()).group(1)
+
+setup(
+    name="megatron_tokedit",
+    version=VERSION,
+    description="Megatron-style training of large language models on token-edited corpora",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["megatron_tokedit", "megatron_tokedit.*"]),
+    package_data={"megatron_tokedit": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not say so
+        "numpy>=1.26,<3",
+        "sentencepiece>=0.2,<0.3",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.21,<1",
+        "safetensors>=0.5,<1",
+        "pydantic>=2.11,<3",
+        "PyYAML>=6,<7",
+        "orjson>=3.10,<4",
+        "zstandard>=0.23,<1",
+        "pyarrow>=17,<27",
+        "tqdm>=4.66,<5",
+        "tensorboard>=2.17,<3",
+        "matplotlib>=3.9,<4",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.9,<1",
+            "mypy>=1.13,<3",
+            "types-PyYAML>=6,<7",
+            "pre-commit>=4,<5",
+        ],
+        # Needs an NVIDIA GPU and CUDA 13: pip install --no-build-isolation -e ".[fp8]". Never on a CPU-only machine.
+        "fp8": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        "eval": ["lm-eval>=0.4.9,<0.5"],
+        "fast": ["gigatoken>=0.7,<1"],
+    },
+)
