@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Raw text -> edited dataset -> trained model, from one YAML file:
+#
+#   sbatch [--nodes N --gpus-per-node G ...] slurm/pretrain_edited.sh RUN.yaml [section.field=value ...]
+#
+# Step 1 makes the datasets of the sources that name raw `input` and are not there yet; step 2 trains. Both resume:
+# submitting the same line again continues where the last job stopped. Before the time limit the job is told
+# (USR1), saves a checkpoint and puts itself back into the queue, until the run is complete.
+#SBATCH --job-name=pretrain_edited
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+
+if (($# < 1)) || [[ "$1" != *.y*ml ]]; then
+    echo "usage: sbatch slurm/pretrain_edited.sh RUN.yaml [section.field=value ...]" >&2
+    exit 2
+fi
+# sbatch runs a copy of this file from its spool folder, so the project is found from where sbatch was called.
+export TOKEDIT_ROOT="${TOKEDIT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}"
+if [[ ! -f "$TOKEDIT_ROOT/slurm/env.sh" ]]; then
+    echo "slurm/env.sh is not below $TOKEDIT_ROOT: submit from the project's folder or set TOKEDIT_ROOT" >&2
+    exit 1
+fi
+cd "$TOKEDIT_ROOT"
+source slurm/env.sh
+
+nodes="${SLURM_JOB_NUM_NODES:-1}"
+read -r head_node < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?not inside a Slurm job}")
+port=$((20000 + SLURM_JOB_ID % 20000))
+echo "job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}: $nodes node(s) x $RANKS_PER_NODE rank(s), head $head_node:$port"
+
+# One task a node; torchrun starts the node's ranks. USR1 is ignored by everything but the ranks, which install a
+# handler of their own (an ignored signal stays ignored across exec).
+# shellcheck disable=SC2016
+launch() {
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL \
+        "${TOKEDIT_SRUN_ARGS[@]}" \
+        bash -c 'trap "" USR1; source "$TOKEDIT_ROOT/slurm/env.sh"; head="$1"; port="$2"; nodes="$3"; shift 3
+            exec torchrun --nnodes="$nodes" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" \
+                --master-addr="$head" --master-port="$port" tools/train.py "$@"' \
+        launch "$head_node" "$port" "$nodes" "$@" &
+    local step=$!
+    local status=0
+    # a trapped signal ends `wait` early: wait again until the step itself is over
+    while :; do
+        wait "$step" && status=0 || status=$?
+        kill -0 "$step" 2>/dev/null || break
+    done
+    return "$status"
+}
+
+interrupted=0
+trap 'interrupted=1; echo "USR1: asking the ranks for a checkpoint"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+
+requeue_if_interrupted() {
+    ((interrupted)) || return 0
+    local marker=".tokedit-requeue-$SLURM_JOB_ID" progress
+    progress="$(python tools/train.py --config "$@" --progress 2>&1)" || true
+    if [[ -f "$marker" && "$(cat "$marker")" == "$progress" ]]; then
+        echo "no progress since the last requeue ($progress): not requeued again; mend the cause and submit again" >&2
+        exit 1
+    fi
+    printf '%s' "$progress" >"$marker"
+    echo "requeue: $progress"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+
+status=0
+launch --config "$@" --prepare || status=$?
+requeue_if_interrupted "$@"
+((status == 0)) || exit "$status"
+launch --config "$@" || status=$?
+requeue_if_interrupted "$@"
+rm -f ".tokedit-requeue-$SLURM_JOB_ID"
+exit "$status"

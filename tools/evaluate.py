@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Evaluate checkpoints: perplexity over named domains. See `tools/evaluate.py --help`."""
+
+import sys
+
+from megatron_tokedit.cli.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main())
