@@ -24,6 +24,7 @@ setup(
         "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not say so
         "numpy>=1.26,<3",
         "sentencepiece>=0.2,<0.3",
+        "protobuf>=5,<8",  # reads the piece types of sentencepiece models
         "transformers>=5.0,<6",
         "tokenizers>=0.21,<1",
         "safetensors>=0.5,<1",

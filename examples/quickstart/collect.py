@@ -1,8 +1,8 @@
-"""Collect real human text that is on every machine: the Python reference and the docstrings of installed packages.
+"""Collect real human text that is on every machine: the Python reference and the docstrings of packages.
 
-Nothing is imported and nothing is downloaded: packages are found on disk and their sources parsed. Documents are
-de-duplicated, then dealt into three parts by a hash of their text, so that the same machine always gives the
-same parts:
+Nothing is imported and nothing is downloaded: packages are found on disk and their sources parsed. Documents
+are de-duplicated, then dealt into three parts by a hash of their text, so that the same machine always gives
+the same parts:
 
 - ``prior``: the prior model is trained on these and never sees the others;
 - ``train``: the corpus that is edited and trained on;

@@ -58,16 +58,23 @@ def perplexity_table(out: Path) -> str:
 def edit_summary(out: Path) -> str:
     """What the prior changed, from the stats beside the edited dataset."""
     stats = json.loads((out / "data" / "edited_text_document.stats.json").read_text())
-    tokens = stats["tokens"]
-    scored = tokens["scored"]
-    shares = [f"{100 * count / max(1, sum(stats['p_histogram'])):.1f}" for count in stats["p_histogram"]]
+    edit = stats["edit"]
+    scored = edit["scored"]
+    shares = [f"{100 * count / scored:.1f}" for count in edit["p_histogram_10"]]
+    notes = {
+        "eligible": "have p >= 0.99 under the prior",
+        "resampled": "were drawn again from the prior's 8 best candidates",
+        "changed": "became another token",
+    }
     return "\n".join(
         [
-            f"  tokens scored    {scored:12,d}",
-            f"  eligible         {tokens['eligible']:12,d}   {100 * tokens['eligible'] / scored:5.2f} % have p >= 0.99",
-            f"  resampled        {tokens['resampled']:12,d}   {100 * tokens['resampled'] / scored:5.2f} %",
-            f"  changed          {tokens['changed']:12,d}   {100 * tokens['changed'] / scored:5.2f} % became another token",
-            f"  p in ten bins, % {' '.join(shares)}   (0.0-0.1 ... 0.9-1.0)",
+            f"  {'scored':10s} {scored:10,d} tokens",
+            *(
+                f"  {n:10s} {edit[n]:10,d}   {100 * edit[n] / scored:5.2f} %  {text}"
+                for n, text in notes.items()
+            ),
+            f"  p of a token in ten bins (0.0-0.1 ... 0.9-1.0), %: {' '.join(shares)}",
+            f"  perplexity of the corpus under the prior: {edit['perplexity']:.2f}",
         ]
     )
 

@@ -3,8 +3,8 @@
     python examples/quickstart/run.py [--output-dir runs/quickstart] [--input my.jsonl]
 
 Every stage is one of the project's own commands, printed before it runs, so that it can be repeated by hand.
-All files stay below the output folder. A stage that is done is skipped when the script runs again; a stage whose
-settings or predecessors changed is made anew.
+All files stay below the output folder. A stage that is done is skipped when the script runs again; a stage
+whose settings or predecessors changed is made anew.
 """
 
 from __future__ import annotations
@@ -67,12 +67,17 @@ class Stages:
 def run_command(*words: object) -> None:
     """Print a command as it could be typed, run it from the project's root, stop with its exit code."""
     argv = [str(word) for word in words]
-    print("$ " + shlex.join(os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in argv), flush=True)
+    print(
+        "$ " + shlex.join(os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in argv),
+        flush=True,
+    )
     environment = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), HF_HUB_OFFLINE="1")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     status = subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode
     if status:
-        raise SystemExit(f"the command above failed with exit code {status}; `make quickstart` goes on from here")
+        raise SystemExit(
+            f"the command above failed with exit code {status}; `make quickstart` goes on from here"
+        )
 
 
 def train_tokenizer(corpus: list[Path], folder: Path, vocab_size: int) -> dict:
@@ -121,13 +126,22 @@ def train(config: str, ranks: int, *overrides: str) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--input", type=Path, help="your own text: jsonl with 'text' (and 'domain') keys, or txt")
-    parser.add_argument(
-        "--max-bytes", type=int, default=700_000, help="text kept of a domain for the prior and for training (0: all)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="a few steps on little text: does everything work here?")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument(
+        "--input", type=Path, help="your own text: jsonl with 'text' (and 'domain') keys, or txt"
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=700_000,
+        help="text kept of a domain for the prior and for training (0: all)",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps on little text: does everything work here?"
+    )
     return parser.parse_args()
 
 
@@ -149,13 +163,21 @@ def main() -> None:
     stamp = [str(user_input), user_input.stat().st_mtime_ns if user_input else sys.version, max_bytes]
     counts = stages.run("1-collect-text", stamp, [corpus], lambda: collect(corpus, user_input, max_bytes))
     for domain, parts in counts.items():
-        print(f"  {domain:12s}", *(f"{p} {c['documents']} documents {c['bytes'] / 1e6:.2f} MB " for p, c in parts.items()))
+        print(
+            f"  {domain:12s}",
+            *(f"{p} {c['documents']} documents {c['bytes'] / 1e6:.2f} MB " for p, c in parts.items()),
+        )
     left_out = sum(c["left_out_documents"] for parts in counts.values() for c in parts.values())
     if left_out:
         print(f"  {left_out} documents left out to keep this short (--max-bytes 0 takes all)")
 
     texts = [corpus / "prior.jsonl", corpus / "train.jsonl"]
-    stages.run("2-train-tokenizer", vocab_size, [model_file.parent], lambda: train_tokenizer(texts, model_file.parent, vocab_size))
+    stages.run(
+        "2-train-tokenizer",
+        vocab_size,
+        [model_file.parent],
+        lambda: train_tokenizer(texts, model_file.parent, vocab_size),
+    )
 
     def make_plain_datasets() -> None:
         for name in ("prior", "train", *(f"heldout-{domain}" for domain in counts)):

@@ -30,8 +30,8 @@ class DomainPerplexity:
         domain: its name.
         num_documents: documents with at least one scored token.
         num_tokens: tokens of the domain.
-        num_scored_tokens: tokens that have a probability (all, or all but the first of each document where the
-            model was given no token to start from).
+        num_scored_tokens: tokens that have a probability (all, or all but the first of each document where
+            the model was given no token to start from).
         nll_nats: summed negative log-likelihood of the scored tokens, in nats.
     """
 
@@ -68,7 +68,9 @@ def measure_perplexity(
     """
     num_documents = num_tokens = num_scored_tokens = 0
     nll_nats = 0.0
-    documents = (np.concatenate(sequences).astype(np.int32) for sequences in dataset.iter_documents() if sequences)
+    documents = (
+        np.concatenate(sequences).astype(np.int32) for sequences in dataset.iter_documents() if sequences
+    )
     while batch := list(itertools.islice(documents, DOCUMENTS_PER_CALL)):
         for ids, scores in zip(batch, scorer.score(batch), strict=True):
             scored = scores.logprobs_T[~np.isnan(scores.logprobs_T)]
@@ -125,7 +127,7 @@ def as_json(results: Sequence[CheckpointPerplexity]) -> dict[str, object]:
 
 
 def as_table(results: Sequence[CheckpointPerplexity], names: Sequence[str]) -> str:
-    """The table as text; ``names`` head the columns, the lowest perplexity of a row is marked where there are two."""
+    """The table as text; ``names`` head the columns; ``*`` marks the lowest perplexity of a row of several."""
     rows = [
         (domain.domain, f"{domain.num_scored_tokens:,d}", [r.domains[i].perplexity for r in results])
         for i, domain in enumerate(results[0].domains)

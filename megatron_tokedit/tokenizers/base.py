@@ -19,6 +19,8 @@ class Tokenizer(Protocol):
 
     tokenizer_type: str
     """``SentencePieceTokenizer`` or ``HuggingFaceTokenizer`` (Megatron-LM's names)."""
+    tokenizer_model: str
+    """The file, folder or name it was loaded from, as given."""
     vocab_size: int
     """Number of ids: the largest id plus one."""
     eod: int
@@ -27,19 +29,26 @@ class Tokenizer(Protocol):
     """Beginning-of-sequence id, where the tokenizer has one."""
     pad: int | None
     prepends_bos: bool
-    """True where a model that goes with this tokenizer expects BOS before the first token when it scores text."""
+    """True where a model of this tokenizer expects BOS before the first token when it scores text."""
+    prefix_ids: tuple[int, ...]
+    """Ids that ``encode`` itself puts before every text (a Hugging Face Llama tokenizer: its BOS); often
+    empty. They are part of the dataset, as in Megatron-LM, so a scorer must not prepend BOS a second time."""
+    suffix_ids: tuple[int, ...]
+    """Ids that ``encode`` itself puts after every text; nearly always empty."""
     special_ids: frozenset[int]
     """Control ids (eod, bos, pad, unknown, user-defined control symbols): never edited and never sampled."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over what determines the ids: model or tokenizer file contents and type."""
+        """SHA-256 (hex) over what determines the ids: type, vocabulary, merges or model, special ids."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, as Megatron-LM's preprocess_data.py writes them (no BOS unless it writes one)."""
+        """Token ids of ``text``, as Megatron-LM's preprocess_data.py writes them (``eod`` apart)."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """``encode`` of every text; int32 arrays."""
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """The exact text of ``ids``; special tokens are spelled out."""
+        """The exact text of ``ids``, the inverse of ``encode``: its ``prefix_ids`` and ``suffix_ids`` are
+        left out, all other special tokens are spelled out. Bytes that are no valid UTF-8 become U+FFFD.
+        """

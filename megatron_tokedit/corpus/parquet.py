@@ -1,0 +1,102 @@
+"""Parquet files: rows as documents, read in batches of the wanted columns only.
+
+Invariant: memory depends on the size of a row group's pages, not on the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from megatron_tokedit.corpus.document import InputFile, WorkUnit
+from megatron_tokedit.corpus.plan import UnitBuilder
+from megatron_tokedit.corpus.streams import CHUNK_BYTES, HashingFile, reading
+from megatron_tokedit.errors import DataFormatError
+
+_BATCH_ROWS = 512
+_DAMAGE = (pyarrow.ArrowException, OSError, ValueError)  # what pyarrow raises on damaged files
+
+
+def scan_parquet(path: str, builder: UnitBuilder) -> InputFile:
+    """Hash a parquet file and cut its rows into units; the column contents are not read.
+
+    Raises:
+        DataFormatError: not a parquet file, or a damaged one.
+    """
+    with reading(path):
+        hashing = HashingFile(path)
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while hashing.readinto(buffer):
+            pass
+        hashing.close()
+    with _open(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        num_rows, text_bytes = file.metadata.num_rows, sum(group.total_byte_size for group in groups)
+    if num_rows != sum(group.num_rows for group in groups):
+        raise DataFormatError(f"{path}: is damaged: its row groups do not add up to its {num_rows} rows")
+    builder.format = "parquet"
+    builder.add_rows(num_rows, text_bytes)
+    return InputFile(path, "parquet", "none", hashing.num_bytes, hashing.sha256, num_rows, 0)
+
+
+def iter_rows(unit: WorkUnit, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the 1-based row number and the wanted columns' scalars, for every row of the unit.
+
+    Raises:
+        DataFormatError: a column is missing or holds neither strings nor lists of strings, or the file is
+            damaged.
+    """
+    with _open(unit.path) as file:
+        _check_columns(unit.path, file.schema_arrow, keys)
+        groups, row = _row_groups(file.metadata, unit.start, unit.stop)
+        batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(keys), use_threads=False)
+        for batch in _damage_reported(unit.path, batches):
+            skip = max(0, unit.start - row)
+            wanted = batch.slice(skip, max(0, unit.stop - row - skip))
+            first = row + skip + 1
+            row += batch.num_rows
+            columns = {key: wanted.column(key) for key in keys}
+            for index in range(wanted.num_rows):
+                yield first + index, {key: column[index] for key, column in columns.items()}
+
+
+def _open(path: str) -> pyarrow.parquet.ParquetFile:
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except _DAMAGE as error:
+        raise DataFormatError(f"{path}: is not a readable parquet file: {error}") from error
+
+
+def _damage_reported(path: str, batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except _DAMAGE as error:
+        raise DataFormatError(f"{path}: is damaged: {error}") from error
+
+
+def _row_groups(metadata: Any, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups that hold rows ``[start, stop)``, and the first row of the first of them."""
+    groups: list[int] = []
+    first_row = row = 0
+    for index in range(metadata.num_row_groups):
+        next_row = row + metadata.row_group(index).num_rows
+        if row < stop and next_row > start:
+            first_row = first_row if groups else row
+            groups.append(index)
+        row = next_row
+    return groups, first_row
+
+
+def _check_columns(path: str, schema: pyarrow.Schema, keys: Sequence[str]) -> None:
+    for key in keys:
+        if key not in schema.names:
+            raise DataFormatError(f"{path}: has no column {key!r}; its columns are {', '.join(schema.names)}")
+        kind = schema.field(key).type
+        item = kind.value_type if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) else kind
+        if not (pyarrow.types.is_string(item) or pyarrow.types.is_large_string(item)):
+            raise DataFormatError(
+                f"{path}: column {key!r} must hold strings or lists of strings, it holds {kind}"
+            )

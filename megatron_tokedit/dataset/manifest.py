@@ -1,0 +1,136 @@
+"""The manifest beside a dataset: what it was made from, with what, and what its files' checksums are.
+
+Invariant: equal jobs write equal manifests (no times, no host names), and a dataset that has one can be
+checked against a tokenizer or a model before a single token is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from megatron_tokedit.config.base import Section
+from megatron_tokedit.dataset.atomic import atomic_write_bytes
+from megatron_tokedit.errors import DataFormatError, TokenizerError
+
+MANIFEST_SUFFIX = ".manifest.json"
+
+
+class InputRecord(Section):
+    """One input file of a dataset."""
+
+    path: str
+    """As given."""
+    format: str
+    """``jsonl``, ``text_lines``, ``text_separated`` or ``parquet``."""
+    num_bytes: int
+    """Size on disk."""
+    sha256: str
+    num_documents: int
+
+
+class TokenizerRecord(Section):
+    """The tokenizer that the ids in ``.bin`` belong to."""
+
+    type: str
+    """``SentencePieceTokenizer`` or ``HuggingFaceTokenizer``."""
+    model: str
+    """Path or name, as given."""
+    vocab_size: int
+    eod: int
+    fingerprint: str
+
+
+class Manifest(Section):
+    """Identity of a dataset."""
+
+    format_version: int = 1
+    """Version of this manifest's fields."""
+    versions: dict[str, str]
+    """Package -> version, of everything that may change the bytes."""
+    inputs: list[InputRecord]
+    """Input files, in order."""
+    json_key: str
+    """The JSON key (or column) the text was taken from."""
+    tokenizer: TokenizerRecord
+    prior_tokenizer: TokenizerRecord | None = None
+    """The prior's tokenizer, where it differs: the edited text was decoded with it and encoded again."""
+    append_eod: bool
+    """Whether every document ends with the tokenizer's end-of-document id."""
+    dtype: str
+    """``uint16`` or ``int32``."""
+    seed: int | None = None
+    """Seed of the edit; none where nothing was edited."""
+    edit: dict[str, Any] | None = None
+    """Every edit setting; none where nothing was edited."""
+    prior: dict[str, Any] | None = None
+    """Path, backend, dtype, windows and fingerprint of the prior; none where nothing was edited."""
+    counts: dict[str, int]
+    """``num_documents``, ``num_sequences`` and ``num_tokens`` of the dataset, and what else was counted."""
+    checksums: dict[str, str]
+    """``bin``, ``idx`` and, where there is a journal, ``edits`` -> SHA-256 (hex) of the file."""
+
+
+def write_manifest(prefix: str, manifest: Manifest) -> None:
+    """Write ``PREFIX.manifest.json``, by rename, keys sorted."""
+    data = orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+    atomic_write_bytes(f"{prefix}{MANIFEST_SUFFIX}", data + b"\n")
+
+
+def read_manifest(prefix: str) -> Manifest | None:
+    """Read ``PREFIX.manifest.json``; ``None`` where there is none, as beside Megatron-LM's own datasets.
+
+    Raises:
+        DataFormatError: it is there, but unreadable or not a manifest.
+    """
+    path = Path(f"{prefix}{MANIFEST_SUFFIX}")
+    try:
+        return Manifest.model_validate(orjson.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise DataFormatError(f"{path}: is not valid JSON: {error}; preprocess the dataset again") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise DataFormatError(f"{path}: is not a manifest of this version: {faults}") from error
+
+
+def check_compatible(
+    prefix: str,
+    manifest: Manifest,
+    *,
+    tokenizer_fingerprint: str | None = None,
+    vocab_size: int | None = None,
+) -> None:
+    """Refuse a dataset that does not fit a tokenizer or a model.
+
+    Args:
+        prefix: of the dataset, for the message.
+        manifest: the dataset's.
+        tokenizer_fingerprint: of the tokenizer the ids must belong to; ``None`` skips the check.
+        vocab_size: of the model; it must hold every id of the dataset's tokenizer. ``None`` skips the check.
+
+    Raises:
+        TokenizerError: with every disagreement.
+    """
+    tokenizer = manifest.tokenizer
+    faults = []
+    if tokenizer_fingerprint is not None and tokenizer_fingerprint != tokenizer.fingerprint:
+        faults.append(
+            f"its ids are of {tokenizer.type} {tokenizer.model}, fingerprint {tokenizer.fingerprint[:12]}; "
+            f"the tokenizer in use has fingerprint {tokenizer_fingerprint[:12]}"
+        )
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        faults.append(
+            f"its tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary only {vocab_size}"
+        )
+    if faults:
+        raise TokenizerError(
+            f"dataset {prefix} does not fit: {'; '.join(faults)}. "
+            "Preprocess the corpus with the tokenizer of the model, or train a model for this tokenizer"
+        )

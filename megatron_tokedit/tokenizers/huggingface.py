@@ -1,0 +1,178 @@
+"""Hugging Face tokenizers behind the :class:`Tokenizer` protocol.
+
+Invariant: ``encode`` gives ``AutoTokenizer(text).input_ids`` as Megatron-LM's ``HuggingFaceTokenizer`` does:
+what the tokenizer's template adds (a Llama tokenizer: BOS) is written too, and text that spells a special
+token becomes that token. ``decode`` works on the Rust tokenizer below transformers, which never cleans up
+spaces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer
+
+from megatron_tokedit.errors import TokenizerError
+from megatron_tokedit.log import get_logger
+from megatron_tokedit.tokenizers.segments import split_at_ids
+
+_EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+_PROBE = (
+    'The quick brown fox, 3.14159 + 2 = 5; it\'s "so"\tfar\n\n  def f(x):\n    return x ** 2\r\n'
+    "na\u00efve caf\u00e9 \u4f60\u597d \u0417\u0434\u0440\u0430 \u0645\u0631\u062d \U0001f600 \ufb01 \u00bd"
+)
+
+
+class HuggingFaceTokenizer:
+    """A fast Hugging Face tokenizer; its members are those of :class:`Tokenizer` in ``base.py``."""
+
+    tokenizer_type = "HuggingFaceTokenizer"
+
+    def __init__(self, tokenizer_model: str) -> None:
+        """Load a local folder, or a model name that transformers resolves.
+
+        Raises:
+            TokenizerError: nothing loadable there, no fast tokenizer, or no end-of-text token.
+        """
+        self.tokenizer_model = tokenizer_model
+        loaded = _load(tokenizer_model)
+        self._backend = loaded.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        added = self._backend.get_added_tokens_decoder()
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod: int = _eod(loaded, added, tokenizer_model)
+        self.bos: int | None = loaded.bos_token_id
+        self.pad: int | None = loaded.pad_token_id
+        special = {i for i, token in added.items() if token.special} | set(loaded.all_special_ids)
+        self.special_ids = frozenset(special | {self.eod})
+        self.prefix_ids, self.suffix_ids = self._template()
+        self.prepends_bos = self.bos is not None and self.bos in self.prefix_ids
+        self._added_ids = np.array(sorted(added), np.int32)
+        self._decodes_by_segment = self._segments_are_exact()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of type, vocabulary, merges, special ids and the ids of a fixed probe text.
+
+        Equal for the same tokenizer saved in another form (vocab.json + merges.txt, or tokenizer.json).
+        """
+        model = json.loads(self._backend.to_str())["model"]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+        identity = {
+            "type": self.tokenizer_type,
+            "vocab": sorted(self._backend.get_vocab(with_added_tokens=True).items()),
+            "scores": model["vocab"] if isinstance(model["vocab"], list) else None,
+            "merges": merges,
+            "special": [self.eod, self.bos, self.pad, sorted(self.special_ids)],
+            "template": [self.prefix_ids, self.suffix_ids],
+            "probe": [self.encode(_PROBE), self.encode(self._probe_of_added_tokens())],
+        }
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with what the tokenizer's template adds."""
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """``encode`` of every text; int32 arrays. Threads: as ``TOKENIZERS_PARALLELISM`` says."""
+        return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        """The exact text of ``ids`` without the template's ids; special tokens are spelled out."""
+        body = self._without_template(np.asarray(ids, np.int32))
+        if not self._decodes_by_segment:
+            return self._decode_run(body)
+        parts = []
+        for segment, special in split_at_ids(body, self._added_ids):
+            parts.append(self._decode_run(segment))
+            if special is not None:
+                parts.append(self._backend.id_to_token(special))
+        return "".join(parts)
+
+    def _decode_run(self, ids: npt.NDArray[np.int32]) -> str:
+        text: str = self._backend.decode(ids.tolist(), skip_special_tokens=False)
+        return text
+
+    def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids that the template puts before and after a text."""
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        full = self._backend.encode("a").ids
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return tuple(full[:start]), tuple(full[start + len(bare) :])
+        raise TokenizerError(
+            f"{self.tokenizer_model} changes a text's own tokens when it adds special tokens"
+        )
+
+    def _without_template(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        prefix, suffix = self.prefix_ids, self.suffix_ids
+        if prefix and tuple(ids[: len(prefix)].tolist()) == prefix:
+            ids = ids[len(prefix) :]
+        if suffix and tuple(ids[-len(suffix) :].tolist()) == suffix:
+            ids = ids[: -len(suffix)]
+        return ids
+
+    def _segments_are_exact(self) -> bool:
+        """Whether text between added tokens must be decoded on its own.
+
+        True for tokenizers that put a space before every segment (Llama's), false for those that do so only
+        at the start of a text; found by trying, as the answer hides in several fields of several versions.
+        """
+        if not self._added_ids.size:
+            return False
+        probe = self._probe_of_added_tokens()
+        ids = self._without_template(np.array(self.encode(probe), np.int32))
+        return self._decode_run(ids) != probe
+
+    def _probe_of_added_tokens(self) -> str:
+        token = self._backend.id_to_token(int(self._added_ids[0])) if self._added_ids.size else ""
+        return f"a{token} b{token}c"
+
+
+def _load(tokenizer_model: str) -> Any:
+    path = Path(tokenizer_model)
+    looks_local = path.is_absolute() or tokenizer_model.startswith(".") or tokenizer_model.count("/") > 1
+    if path.is_file() or (looks_local and not path.is_dir()):
+        raise TokenizerError(
+            f"{tokenizer_model} {'is a file' if path.is_file() else 'does not exist'}; HuggingFaceTokenizer "
+            "takes a folder with tokenizer.json (or vocab.json and merges.txt), or a model name of the hub"
+        )
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer_model, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise TokenizerError(
+            f"cannot load a Hugging Face tokenizer from {tokenizer_model}: {error}"
+        ) from error
+    if not loaded.is_fast:
+        raise TokenizerError(
+            f"{tokenizer_model} has no fast tokenizer (tokenizer.json); "
+            "if it has a tokenizer.model, use --tokenizer-type SentencePieceTokenizer"
+        )
+    return loaded
+
+
+def _eod(loaded: Any, added: dict[int, Any], tokenizer_model: str) -> int:
+    """The EOS id, as Megatron-LM takes it; where none is configured, the one token with a usual name."""
+    if loaded.eos_token_id is not None:
+        return int(loaded.eos_token_id)
+    found = [i for i, token in added.items() if token.content in _EOD_NAMES]
+    if len(found) != 1:
+        raise TokenizerError(
+            f'{tokenizer_model} names no end-of-text token; add "eos_token" to its tokenizer_config.json'
+        )
+    get_logger(__name__).warning(
+        "%s names no eos_token; taking %s (id %d) as end of document",
+        tokenizer_model,
+        added[found[0]].content,
+        found[0],
+    )
+    return found[0]
