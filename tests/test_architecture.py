@@ -116,7 +116,9 @@ def test_size_and_manners(path: Path) -> None:
 
 def test_tools_are_thin_wrappers() -> None:
     for path in sorted((ROOT / "tools").glob("*.py")):
-        assert len(path.read_text().splitlines()) <= 25, f"{path.name}: tools/ only calls megatron_tokedit.cli"
+        assert len(path.read_text().splitlines()) <= 25, (
+            f"{path.name}: tools/ only calls megatron_tokedit.cli"
+        )
         assert any(m.startswith(f"{PACKAGE}.cli") for _, m in imported_modules(path))
 
 

@@ -16,7 +16,7 @@ COLOURS = {"original": "#4c566a", "edited": "#d08770"}
 def read_losses(run_dir: Path) -> tuple[list[int], list[float]]:
     """(steps, training losses) of a run from its metrics.jsonl."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    points = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    points = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
     return [p[0] for p in points], [p[1] for p in points]
 
 
@@ -27,7 +27,7 @@ def plot_losses(out: Path, arms: tuple[str, ...]) -> Path:
         2, 1, figsize=(7.5, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
     for arm, (steps, losses) in curves.items():
-        upper.plot(steps, losses, label=f"{arm} corpus", color=COLOURS[arm], marker=".", markersize=4)
+        upper.plot(steps, losses, label=f"{arm} corpus", color=COLOURS[arm])
     upper.set_ylabel("training loss (nats a token)")
     upper.set_title("The same model on the original and on the edited corpus (TP2)")
     upper.legend(frameon=False)

@@ -1,7 +1,8 @@
 """What every command shares: logging, exit codes, and errors shown as one message.
 
 Invariant: a command exits 0 on success, 1 on an error that the user can mend (one message on stderr, no
-traceback), 2 on wrong usage, 130 when interrupted. Anything else that escapes is a bug and keeps its traceback.
+traceback), 2 on wrong usage, 130 when interrupted. Anything else that escapes is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations

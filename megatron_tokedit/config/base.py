@@ -13,5 +13,9 @@ class Section(BaseModel):
     """A frozen pydantic model that forbids unknown keys and documents each field from its attribute docstring."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
     )

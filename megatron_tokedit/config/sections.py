@@ -36,10 +36,11 @@ class ModelConfig(Section):
     kv_channels: PositiveInt | None = None
     """Size of a head; default ``hidden_size / num_attention_heads``."""
     ffn_hidden_size: PositiveInt | None = None
-    """Default: 4 x hidden_size for ``gpt2``; 8/3 x hidden_size rounded up to a multiple of 64 for ``llama``."""
+    """Default: 4 x hidden_size for ``gpt2``; for ``llama`` 8/3 x hidden_size, up to a multiple of 64."""
     seq_length: PositiveInt
-    """Training sequence length in tokens; for learned positions also their number unless the next field is set."""
+    """Training sequence length in tokens."""
     max_position_embeddings: PositiveInt | None = None
+    """Number of learned positions (``gpt2``); default ``seq_length``."""
     rotary_base: PositiveInt = 10000
     norm_epsilon: PositiveFloat = 1e-5
     init_method_std: PositiveFloat = 0.02
@@ -48,8 +49,28 @@ class ModelConfig(Section):
     share_embeddings_and_output_weights: bool | None = None
     """Tied embeddings; default: yes for ``gpt2``, no for ``llama``."""
     vocab_size: PositiveInt | None = None
-    """Real vocabulary; default: the tokenizer's. Padding to a multiple is added by the engine and never scored."""
+    """Real vocabulary; default: the tokenizer's. The engine pads it; padding is never scored."""
     make_vocab_size_divisible_by: PositiveInt = 128
+
+    def resolved(self, vocab_size: int | None = None) -> ModelConfig:
+        """This model with every default that depends on another field filled in.
+
+        Args:
+            vocab_size: the tokenizer's vocabulary size, for a model that names none.
+        """
+        llama = self.family == "llama"
+        ffn_default = -(-8 * self.hidden_size // (3 * 64)) * 64 if llama else 4 * self.hidden_size
+        tied = self.share_embeddings_and_output_weights
+        return self.model_copy(
+            update={
+                "num_query_groups": self.num_query_groups or self.num_attention_heads,
+                "kv_channels": self.kv_channels or self.hidden_size // self.num_attention_heads,
+                "ffn_hidden_size": self.ffn_hidden_size or ffn_default,
+                "max_position_embeddings": self.max_position_embeddings or self.seq_length,
+                "share_embeddings_and_output_weights": not llama if tied is None else tied,
+                "vocab_size": self.vocab_size or vocab_size,
+            }
+        )
 
 
 class ParallelConfig(Section):
@@ -104,23 +125,25 @@ class TrainingConfig(Section):
 
 
 class SourceConfig(Section):
-    """One dataset: ``prefix`` names PREFIX.bin and PREFIX.idx."""
+    """One dataset."""
 
     name: str = Field(min_length=1)
-    prefix: str
+    prefix: str = Field(min_length=1)
+    """Names ``PREFIX.bin`` and ``PREFIX.idx``. With ``input`` it ends in ``_KEY_document``, the name that
+    ``tools/preprocess_edit.py`` writes under (KEY is ``text`` unless ``edit.json_keys`` says otherwise)."""
     weight: PositiveFloat = 1.0
     """Relative share of this source in the blend."""
-    input: list[str] | None = None
-    """Raw text files; ``tools/train.py --prepare`` makes the dataset from them if it is not there."""
+    input: list[str] | None = Field(None, min_length=1)
+    """Raw text files; ``tools/train.py`` makes the dataset from them if it is not there."""
     edit: dict[str, object] | None = None
     """Settings of ``tools/preprocess_edit.py`` for ``input``, under its flag names with underscores."""
 
 
 class DataConfig(Section):
-    """Training and validation sources."""
+    """Training and validation sources. Relative paths start at the folder the command is run in."""
 
     train: list[SourceConfig] = Field(min_length=1)
-    validation: list[SourceConfig] = []
+    validation: list[SourceConfig] = Field(default_factory=list)
     """Each is measured on its own, under its name."""
     cache_dir: str | None = None
     """Index cache of megatron-core's dataset builders; default ``RUN_DIR/index_cache``."""
@@ -145,15 +168,17 @@ class LoggingConfig(Section):
 
     log_interval_steps: PositiveInt = 10
     peak_tflops: PositiveFloat | None = None
-    """Peak rate of one device for MFU; default: known for the GPU, measured with a matrix product on a CPU."""
+    """Peak rate of one device for MFU; default: known for the GPU, measured on a CPU (a matrix product)."""
 
 
 class RuntimeConfig(Section):
-    """The machine: device, threads and seeds' companions."""
+    """The machine and the job: device, threads, when to stop."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: PositiveInt | None = None
     """torch threads a rank on CPU; default: usable cores / ranks on this node, at least 1."""
+    exit_at_step: PositiveInt | None = None
+    """Save a checkpoint and stop once this step is done; a rerun without it (or with a later one) goes on."""
 
 
 class RunConfig(Section):

@@ -1,0 +1,1 @@
+"""The one room that touches megatron-core: process groups, model, optimizer, step, checkpoints, inference."""

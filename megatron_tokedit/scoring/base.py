@@ -36,7 +36,8 @@ class TokenScores:
 
     Attributes:
         logprobs_T: float32 ``[T]``; ``log P(x_t | x_<t)``; NaN at position 0 where no BOS was prepended.
-        candidate_positions_E: int64 ``[E]``, ascending; never contains 0.
+        candidate_positions_E: int64 ``[E]``, ascending: every scored position whose log-probability lies in a
+            requested interval (position 0 too, where BOS was prepended).
         candidate_ids_EK: int32 ``[E, K]``, by falling log-probability, ties by rising id.
         candidate_logprobs_EK: float32 ``[E, K]``, over the whole vocabulary (not renormalised).
         K is ``min(num_candidates, vocab - excluded)``.

@@ -1,4 +1,4 @@
-"""slurm/pretrain_edited.sh renders the right commands; Slurm's own programs are replaced by small fakes that behave."""
+"""slurm/pretrain_edited.sh renders the right commands; Slurm's own programs are small fakes that behave."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ sys.exit(int(os.environ.get("FAKE_TORCHRUN_EXIT", "0")))
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """An environment in which Slurm's programs and torchrun are fakes; FAKE_LOG holds torchrun's argument lists."""
+    """An environment where Slurm's programs and torchrun are fakes; FAKE_LOG holds torchrun's arguments."""
     programs = {
         "srun": FAKE_SRUN,
         "scontrol": FAKE_SCONTROL,
@@ -59,8 +59,12 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def submit(cluster: dict[str, str], *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    done = subprocess.run(["bash", str(SCRIPT), *arguments], env=cluster, text=True, capture_output=True, timeout=60)
+def submit(
+    cluster: dict[str, str], *arguments: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments], env=cluster, text=True, capture_output=True, timeout=60
+    )
     log = Path(cluster["FAKE_LOG"])
     return done, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 

@@ -1,0 +1,207 @@
+"""``tools/preprocess_edit.py``: raw corpora to edited indexed datasets.
+
+Flags that Megatron-LM's ``tools/preprocess_data.py`` has keep its names and meaning. Invariant: every setting
+goes through :class:`PreprocessConfig`, so the command line and the ``edit:`` mapping of a training source
+cannot differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from megatron_tokedit.cli.main import EXIT_ERROR, EXIT_OK, add_common_arguments, run_command
+from megatron_tokedit.config.preprocess import PreprocessConfig, preprocess_config
+from megatron_tokedit.pipeline import LogProgress, Progress, Result, inspect_job, placement, run
+from megatron_tokedit.tokenizers import TOKENIZER_TYPES
+
+_DESCRIPTION = """\
+Tokenize a corpus, let a prior language model edit its over-confident tokens (ToEdit, arXiv 2412.14689), and
+write Megatron's PREFIX_KEY_document.bin and .idx with a manifest, statistics and an edit journal beside them.
+Killed or stopped, the same command goes on where it was; --workers changes no byte of the output."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(_main, argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="preprocess_edit.py",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_corpus_arguments(parser.add_argument_group("corpus, as in Megatron-LM's preprocess_data.py"))
+    _add_edit_arguments(parser.add_argument_group("editing"))
+    _add_prior_arguments(parser.add_argument_group("prior"))
+    _add_job_arguments(parser.add_argument_group("job"))
+    add_common_arguments(parser)
+    return parser
+
+
+def _add_corpus_arguments(group: argparse._ArgumentGroup) -> None:
+    """Input, output, tokenizer."""
+    group.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="jsonl, txt (.gz, .zst), parquet; globs"
+    )
+    group.add_argument("--json-keys", nargs="+", metavar="KEY", help="one dataset a key (default: text)")
+    group.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    group.add_argument("--tokenizer-model", required=True, metavar="PATH")
+    group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text id")
+    group.add_argument("--workers", type=int, metavar="N", help="processes (default: 1); changes no byte")
+    group.add_argument("--seed", type=int, metavar="N", help="default: 1234")
+    group.add_argument("--log-interval", type=int, metavar="N", help="documents a log line (default: 1000)")
+
+
+def _add_edit_arguments(group: argparse._ArgumentGroup) -> None:
+    """What is edited and how."""
+    group.add_argument(
+        "--edit-strategy",
+        choices=("none", "up_revise", "low_drop_up_revise", "filtering"),
+        help="resample where p >= threshold (up_revise, the default), drop where p < low threshold "
+        "(filtering), both (low_drop_up_revise), or only tokenize (none)",
+    )
+    group.add_argument("--edit-threshold", type=float, metavar="P", help="default: 0.99")
+    group.add_argument("--edit-low-threshold", type=float, metavar="P", help="default: 0.001")
+    group.add_argument("--edit-sampler", choices=("top_k", "top_p", "rejection"), help="default: top_k")
+    group.add_argument("--edit-top-k", type=int, metavar="K", help="default: 8")
+    group.add_argument(
+        "--edit-temperature", type=float, metavar="T", help="default: 1.5; low_drop_up_revise: 1.0"
+    )
+    group.add_argument(
+        "--edit-exclude-original", action="store_true", help="never draw the original token again"
+    )
+    group.add_argument("--edit-generations", type=int, metavar="N", help="default: 1")
+    group.add_argument(
+        "--special-tokens-in-text",
+        choices=("encode", "split", "error"),
+        help="text that spells a control token (default: encode, as Megatron-LM does)",
+    )
+
+
+def _add_prior_arguments(group: argparse._ArgumentGroup) -> None:
+    """The model that scores."""
+    group.add_argument("--prior", metavar="PATH", help="a Hugging Face or a Megatron checkpoint folder")
+    group.add_argument(
+        "--prior-backend", choices=("auto", "hf", "megatron"), help="default: auto, by content"
+    )
+    group.add_argument(
+        "--prior-dtype", choices=("float32", "bfloat16", "float16", "fp8"), help="default: float32"
+    )
+    group.add_argument("--prior-device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    group.add_argument(
+        "--prior-context", type=int, metavar="N", help="tokens a window (default: 2048, or the prior's limit)"
+    )
+    group.add_argument(
+        "--prior-overlap", type=int, metavar="N", help="of them context only (default: 512, or a quarter)"
+    )
+    group.add_argument("--prior-batch-tokens", type=int, metavar="N", help="a forward (default: 8192)")
+    group.add_argument(
+        "--prior-logits-bytes", type=int, metavar="N", help="peak memory of the head (default: 128 MiB)"
+    )
+    group.add_argument(
+        "--prior-threads", type=int, metavar="N", help="CPU threads a worker (default: 1); part of the plan"
+    )
+
+
+def _add_job_arguments(group: argparse._ArgumentGroup) -> None:
+    """How the work is divided, and what may go wrong."""
+    units = group.add_mutually_exclusive_group()
+    units.add_argument("--unit-documents", type=int, metavar="N", help="documents a work unit")
+    units.add_argument("--unit-bytes", type=int, metavar="N", help="input bytes a work unit (default: auto)")
+    group.add_argument(
+        "--rank", type=int, metavar="I", help="default: from torchrun or a Slurm array, else 0"
+    )
+    group.add_argument("--world-size", type=int, metavar="N", help="processes that share the job")
+    group.add_argument("--stage", choices=("all", "edit", "merge"), help="default: all")
+    group.add_argument("--max-bad-lines", type=int, metavar="N", help="default: 0")
+    group.add_argument(
+        "--restart", action="store_true", help="discard what an earlier run of this prefix recorded and did"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="print the plan and every problem; touch nothing"
+    )
+
+
+def _main(argv: Sequence[str]) -> int:
+    """Parse, configure, run, report."""
+    arguments = vars(build_parser().parse_args(argv))
+    quiet = arguments.pop("quiet", False)
+    rank, world_size = placement(os.environ, arguments.pop("rank", None), arguments.pop("world_size", None))
+    stage = arguments.pop("stage", "all")
+    restart = arguments.pop("restart", False)
+    dry_run = arguments.pop("dry_run", False)
+    config = preprocess_config(arguments, origin="preprocess_edit.py")
+    if dry_run:
+        return _dry_run(config, restart)
+    progress: Progress = LogProgress(config.log_interval)
+    if sys.stderr.isatty() and not quiet and rank == 0:
+        progress = BarProgress()
+    result = run(config, rank=rank, world_size=world_size, stage=stage, restart=restart, progress=progress)
+    if not quiet:
+        _print_result(result)
+    return EXIT_OK
+
+
+def _dry_run(config: PreprocessConfig, restart: bool) -> int:
+    """Print what would be done; problems go to stderr and make the exit code 1."""
+    report = inspect_job(config, restart=restart)
+    print("\n".join(report.lines))
+    for problem in report.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    return EXIT_ERROR if report.problems else EXIT_OK
+
+
+def _print_result(result: Result) -> None:
+    """A few lines for each dataset."""
+    if result.totals is None:
+        print(f"{result.outcome}: {', '.join(result.prefixes.values())}")
+        return
+    for key, prefix in result.prefixes.items():
+        counts = result.totals.keys[key]
+        print(f"{prefix}.bin, .idx: {counts.documents} documents, {counts.tokens} tokens")
+        if (edit := counts.edit) is not None:
+            print(
+                f"  eligible {edit.eligible} of {edit.tokens} tokens "
+                f"({edit.eligible / max(edit.tokens, 1):.2%}); changed {edit.changed} "
+                f"({edit.changed / max(edit.eligible, 1):.2%} of eligible); "
+                f"dropped {edit.dropped}; perplexity {edit.perplexity or float('nan'):.2f}"
+            )
+
+
+class BarProgress:
+    """A bar of documents on a terminal, with tokens a second; see :class:`Progress`."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[None] | None = None
+        self._tokens = 0
+
+    def start(self, total_documents: int, done_documents: int) -> None:
+        """Show the bar."""
+        self._bar = tqdm(total=total_documents, initial=done_documents, unit="doc", unit_scale=True)
+
+    def advance(self, documents: int, tokens: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._tokens += tokens
+            seconds = max(self._bar.format_dict["elapsed"], 1e-9)
+            self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s", refresh=False)
+            self._bar.update(documents)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

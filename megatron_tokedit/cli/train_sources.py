@@ -1,0 +1,153 @@
+"""Datasets of a training run that have to be made from raw text first.
+
+Invariant: all ranks take part in the edit, rank 0 merges, and a failure on any rank ends all of them; nothing
+of the preprocessing (its models, its process groups) is left when training starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.config.raw_sources import preprocessing_of
+from megatron_tokedit.config.record import differences
+from megatron_tokedit.config.sections import RunConfig, SourceConfig
+from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron_tokedit.dataset.manifest import Manifest
+
+logger = get_logger(__name__)
+
+_PATIENCE = timedelta(days=14)
+"""Ranks may finish their units hours apart; the launcher ends the others where a rank dies."""
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def missing_sources(config: RunConfig) -> list[SourceConfig]:
+    """The sources with raw ``input`` whose dataset is not there, one a preprocessing job."""
+    from megatron_tokedit.dataset.sources import all_sources, dataset_exists
+
+    found: dict[str, SourceConfig] = {}
+    for _, source in all_sources(config.data):
+        if source.input is not None and not dataset_exists(source.prefix):
+            job = preprocessing_of(source, config.tokenizer)
+            found.setdefault(job.output_prefix, source)
+    return list(found.values())
+
+
+def outdated_sources(config: RunConfig) -> list[str]:
+    """Datasets that were not made as their source's ``input`` and ``edit`` now say, one line each.
+
+    Compares with the manifest; input files by number and size, as far as they are still there.
+    """
+    from megatron_tokedit.dataset.manifest import read_manifest
+    from megatron_tokedit.dataset.sources import all_sources, dataset_exists
+
+    found = []
+    for place, source in all_sources(config.data):
+        if source.input is None or not dataset_exists(source.prefix):
+            continue
+        manifest = read_manifest(source.prefix)
+        changes = (
+            differences(*_origins(manifest, preprocessing_of(source, config.tokenizer))) if manifest else []
+        )
+        if changes:
+            found.append(
+                f"{place} ({source.name}): {source.prefix} was made with other settings: "
+                f"{'; '.join(changes)}; put them back, give another prefix, or remove the dataset to have it "
+                f"made anew"
+            )
+    return found
+
+
+def _origins(manifest: Manifest, job: PreprocessConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the dataset was made from, as recorded and as configured."""
+    from megatron_tokedit.corpus import expand_inputs
+    from megatron_tokedit.pipeline.resources import edit_settings
+
+    recorded: dict[str, Any] = {"append_eod": manifest.append_eod, "edit": manifest.edit}
+    wanted: dict[str, Any] = {"append_eod": job.append_eod, "edit": edit_settings(job) if job.edits else None}
+    with suppress(TokeditError):  # the raw text may be gone, the dataset is what counts
+        wanted["input bytes"] = [os.path.getsize(path) for path in expand_inputs(job.input)]
+        recorded["input bytes"] = [record.num_bytes for record in manifest.inputs]
+    return recorded, wanted
+
+
+def prepare_sources(config: RunConfig) -> None:
+    """Make the missing datasets. Collective over the ranks of the launcher.
+
+    Raises:
+        TokeditError: preprocessing failed here or on another rank.
+    """
+    missing = missing_sources(config)
+    if not missing:
+        logger.info("all data sources are there, nothing to prepare")
+        return
+    ranks = _Ranks()
+    for number, source in enumerate(missing):
+        job = preprocessing_of(source, config.tokenizer)
+        logger.info("preparing source %s: %s from %s", source.name, source.prefix, ", ".join(job.input))
+        ranks.together(f"edit-{number}", partial(_run_stage, job, "edit", ranks))
+        ranks.together(f"merge-{number}", partial(_run_stage, job, "merge", ranks))
+
+
+def _run_stage(job: PreprocessConfig, stage: Literal["edit", "merge"], ranks: _Ranks) -> None:
+    """One rank's part: its units of the edit, or rank 0's merge."""
+    from megatron_tokedit.pipeline import run
+
+    if stage == "edit" or ranks.rank == 0:
+        # a prior works in child processes: it leaves no trace in the process that goes on to train
+        run(job, rank=ranks.rank, world_size=ranks.world_size, stage=stage, isolate=job.edits)
+
+
+class _Ranks:
+    """The launcher's ranks before there is a process group: they meet at its key-value store."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._store: Any = None
+        if self.world_size > 1:
+            store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"prepare-{attempt}", store)
+
+    def together(self, name: str, action: Callable[[], None]) -> None:
+        """Run ``action`` on this rank as if it were alone, then wait for all ranks. Collective.
+
+        Raises:
+            TokeditError: it failed on another rank; what it raised on this one goes through.
+        """
+        if self._store is None:
+            action()
+            return
+        try:
+            with _as_single_process():
+                action()
+        except BaseException as error:
+            self._store.set(f"{name}/{self.rank}", f"{type(error).__name__}: {error}")
+            raise
+        self._store.set(f"{name}/{self.rank}", "")
+        for rank in range(self.world_size):
+            if message := self._store.get(f"{name}/{rank}").decode():
+                raise TokeditError(f"preparing the data failed on rank {rank}: {message}")
+
+
+@contextmanager
+def _as_single_process() -> Iterator[None]:
+    """Hide the launcher's variables: a Megatron checkpoint as prior starts parallel state of its own."""
+    hidden = {name: os.environ.pop(name) for name in _LAUNCHER_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -1,0 +1,154 @@
+"""Every setting of ``tools/preprocess_edit.py``, under its flag's name with underscores.
+
+The command line and the ``edit:`` mapping of a training source make the same section, so both have the same
+defaults and the same checks. Invariant: all faults are reported together, and a value that this version
+cannot honour is refused rather than replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from megatron_tokedit.config.base import Section
+from megatron_tokedit.errors import ConfigError
+
+NOT_YET = {
+    "edit_sampler": ("top_p", "rejection"),
+    "special_tokens_in_text": ("split", "error"),
+    "prior_dtype": ("float16", "fp8"),
+}
+"""Values of the command-line contract that this version refuses."""
+
+
+class PreprocessConfig(Section):
+    """One preprocessing job."""
+
+    input: list[str] = Field(min_length=1)
+    """Files or globs: jsonl, txt (each also .gz or .zst), parquet."""
+    json_keys: list[str] = Field(["text"], min_length=1)
+    """One output dataset a key."""
+    output_prefix: str = Field(min_length=1)
+    """Outputs are ``PREFIX_KEY_document.*``; the job's own files are in ``PREFIX.work``."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
+    tokenizer_model: str
+    append_eod: bool = False
+    workers: PositiveInt = 1
+    """Processes on this machine; changes no byte of the output."""
+    seed: int = Field(1234, ge=0, lt=2**64)
+    log_interval: PositiveInt = 1000
+    """Documents between two log lines."""
+
+    edit_strategy: Literal["none", "up_revise", "low_drop_up_revise", "filtering"] = "up_revise"
+    edit_threshold: float = Field(0.99, ge=0.0, le=1.0)
+    """Tokens with p >= this are resampled."""
+    edit_low_threshold: float = Field(0.001, ge=0.0, le=1.0)
+    """Tokens with p < this are dropped, in the strategies that drop."""
+    edit_sampler: Literal["top_k", "top_p", "rejection"] = "top_k"
+    edit_top_k: PositiveInt = 8
+    edit_temperature: PositiveFloat | None = None
+    """Default: the preset's, 1.5 for up_revise and 1.0 for low_drop_up_revise."""
+    edit_exclude_original: bool = False
+    """Never draw the original token again."""
+    edit_generations: PositiveInt = 1
+
+    prior: str | None = None
+    """A Hugging Face model folder or a Megatron checkpoint folder."""
+    prior_backend: Literal["auto", "hf", "megatron"] = "auto"
+    prior_dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
+    prior_device: Literal["auto", "cpu", "cuda"] = "auto"
+    prior_context: PositiveInt | None = None
+    """Tokens a window; default 2048, or the prior's own limit where that is smaller."""
+    prior_overlap: PositiveInt | None = None
+    """Tokens of a window that are context only; default 512, or a quarter of the window where that is
+    smaller.
+    """
+    prior_batch_tokens: PositiveInt = 8192
+    """Positions a forward, padding included."""
+    prior_logits_bytes: PositiveInt = 128 << 20
+    """Peak memory of the scoring head."""
+    prior_threads: PositiveInt = 1
+    """CPU threads of each worker's prior. They change the order of float sums, so they belong to the plan."""
+
+    unit_documents: PositiveInt | None = None
+    unit_bytes: PositiveInt | None = None
+    """Work-unit size; default: a 64th of the input, at least 256 KiB and at most 16 MiB."""
+    max_bad_lines: NonNegativeInt = 0
+    special_tokens_in_text: Literal["encode", "split", "error"] = "encode"
+    """Text that spells a control token: ``encode`` makes it that token, as Megatron-LM does, and counts
+    it.
+    """
+
+    @property
+    def edits(self) -> bool:
+        """Whether a prior is needed at all."""
+        return self.edit_strategy != "none"
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the settings taken together."""
+        for name, values in NOT_YET.items():
+            value = getattr(self, name)
+            if value in values:
+                allowed = type(self).model_fields[name].annotation.__args__  # type: ignore[union-attr]
+                usable = [choice for choice in allowed if choice not in values]
+                yield f"{name}={value}: not available yet in this version; available: {', '.join(usable)}"
+        if self.edit_generations > 1:
+            yield (
+                f"edit_generations={self.edit_generations}: more than one generation is not available yet in "
+                "this version; edit the corpus again in a second run"
+            )
+        if self.edits and self.prior is None:
+            yield f"prior: missing; edit_strategy={self.edit_strategy} needs one (or give edit_strategy none)"
+        if self.unit_documents is not None and self.unit_bytes is not None:
+            yield "unit_documents and unit_bytes: give one of them"
+        if len(set(self.json_keys)) != len(self.json_keys):
+            yield f"json_keys={' '.join(self.json_keys)}: a key is given twice"
+        for key in self.json_keys:
+            if "/" in key or not key:
+                yield f"json_keys: {key!r} cannot be part of a file name"
+        if self.edit_strategy == "low_drop_up_revise" and self.edit_low_threshold > self.edit_threshold:
+            yield (
+                f"edit_low_threshold={self.edit_low_threshold}: above edit_threshold={self.edit_threshold}; "
+                "expected it below"
+            )
+
+
+def preprocess_config(settings: Mapping[str, Any], *, origin: str = "preprocess") -> PreprocessConfig:
+    """Build and check the section.
+
+    Args:
+        settings: field name -> value; None means the default.
+        origin: where the settings come from, for the message (``data.train.0.edit``).
+
+    Raises:
+        ConfigError: one message with every fault.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        config = PreprocessConfig.model_validate(given, strict=True)
+    except ValidationError as error:
+        raise _all_faults(origin, [_schema_fault(dict(detail)) for detail in error.errors()]) from error
+    if faults := list(config.faults()):
+        raise _all_faults(origin, faults)
+    return config
+
+
+def _all_faults(origin: str, faults: list[str]) -> ConfigError:
+    """One error for all faults."""
+    if len(faults) == 1:
+        return ConfigError(f"{origin}: {faults[0]}")
+    return ConfigError("\n  ".join([f"{origin}: {len(faults)} settings are wrong:", *faults]))
+
+
+def _schema_fault(detail: Mapping[str, Any]) -> str:
+    """One pydantic error as one line: field, what was got, what was expected."""
+    name = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "missing":
+        return f"{name}: missing"
+    if detail["type"] == "extra_forbidden":
+        near = get_close_matches(name, PreprocessConfig.model_fields, n=1)
+        return f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{name}={detail['input']!r}: {detail['msg'].replace('Input should be', 'expected')}"

@@ -1,0 +1,232 @@
+"""The preprocessing job: plan, units, merge; safe to kill and to run again.
+
+    raw text -> plan.json -> units (any number of workers and machines) -> merge -> .bin .idx .edits .manifest
+    .stats
+
+Invariant: the same plan gives the same bytes for any number of workers, processes and restarts; a rerun of a
+finished job does nothing; a rerun with another plan is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.corpus import WorkUnit
+from megatron_tokedit.errors import ConfigError, PlanError
+from megatron_tokedit.log import get_logger
+from megatron_tokedit.pipeline.merge import Totals, is_complete, merge
+from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changes
+from megatron_tokedit.pipeline.progress import LogProgress, Progress
+from megatron_tokedit.pipeline.resources import PriorPlan, find_prior
+from megatron_tokedit.pipeline.unit import UnitResult, check_bad_lines
+from megatron_tokedit.pipeline.workdir import WorkDir
+from megatron_tokedit.pipeline.workers import DeadWorker, run_in_process, run_in_workers
+from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
+
+logger = get_logger(__name__)
+Stage = Literal["all", "edit", "merge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run of a job came to.
+
+    Attributes:
+        outcome: ``merged`` (the outputs were written now), ``already complete``, ``edited`` (this process's
+            units are done; the merge is another process's or a later run's).
+        prefixes: JSON key -> prefix of its dataset.
+        totals: the counts, where the outputs were written now.
+    """
+
+    outcome: Literal["merged", "already complete", "edited"]
+    prefixes: dict[str, str]
+    totals: Totals | None = None
+
+
+def run(
+    config: PreprocessConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    stage: Stage = "all",
+    restart: bool = False,
+    isolate: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Run a job, or this process's share of it. No collective: processes share only the file system.
+
+    Args:
+        config: the job.
+        rank: this process takes the units ``rank`` mod ``world_size``.
+        world_size: number of processes.
+        stage: ``edit`` does the units, ``merge`` joins them, ``all`` does both (with several processes the
+            one that finishes last merges).
+        restart: discard a recorded plan and what was done under it.
+        isolate: work in child processes even with one worker, so that this process's torch stays as it is.
+        progress: is told how far it is; default: log lines every ``config.log_interval`` documents.
+
+    Raises:
+        TokeditError: everything that the user can mend; finished units are kept.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core; --workers says how many
+    workdir = WorkDir(config.output_prefix)
+    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+    prior = find_prior(config, tokenizer)
+    prefixes = {key: workdir.output(key) for key in config.json_keys}
+    if restart:
+        _discard(workdir, world_size)
+    plan = _establish_plan(config, tokenizer, prior, workdir, overwrite=restart)
+    if is_complete(workdir, plan):
+        shutil.rmtree(workdir.units, ignore_errors=True)
+        logger.info("already complete: %s", ", ".join(prefixes.values()))
+        return Result("already complete", prefixes)
+    if stage != "merge":
+        units = plan.share(rank, world_size)
+        _do_units(config, prior, workdir, units, isolate, progress or LogProgress(config.log_interval))
+    if stage == "edit" or not _may_merge(plan, workdir, waits_for_others=world_size > 1 and stage == "all"):
+        return Result("edited", prefixes)
+    with workdir.lock():
+        if is_complete(workdir, plan):
+            return Result("already complete", prefixes)
+        totals = merge(config, tokenizer, prior, plan, workdir)
+    _report(totals, prefixes)
+    return Result("merged", prefixes, totals)
+
+
+def _discard(workdir: WorkDir, world_size: int) -> None:
+    """Remove what earlier runs left."""
+    if world_size > 1:
+        raise ConfigError(
+            f"--restart: with several processes each would discard the others' work; remove {workdir.root} "
+            "and run without --restart"
+        )
+    shutil.rmtree(workdir.root, ignore_errors=True)
+
+
+def _establish_plan(
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    prior: PriorPlan | None,
+    workdir: WorkDir,
+    *,
+    overwrite: bool,
+) -> Plan:
+    """The recorded plan if it is the one asked for, else a new one, recorded before any work is done."""
+    workdir.make()
+    with workdir.lock():
+        recorded = load_plan(workdir.plan)
+        plan = make_plan(config, tokenizer, prior, recorded)
+        if recorded is not None:
+            refuse_changes(recorded, plan, workdir.plan)
+            return plan
+        if not overwrite:
+            refuse_overwriting(config, workdir)
+        plan.save(workdir.plan)
+        return plan
+
+
+def refuse_overwriting(config: PreprocessConfig, workdir: WorkDir) -> None:
+    """Refuse to replace a dataset that no recorded plan of this prefix made.
+
+    Raises:
+        PlanError: there is one.
+    """
+    for key in config.json_keys:
+        for suffix in (".bin", ".idx"):
+            path = Path(workdir.output(key) + suffix)
+            if path.exists():
+                raise PlanError(
+                    f"{path} exists already and {workdir.root} does not say how it was made; give another "
+                    "--output-prefix, or --restart to replace it"
+                )
+
+
+def _do_units(
+    config: PreprocessConfig,
+    prior: PriorPlan | None,
+    workdir: WorkDir,
+    share: Sequence[WorkUnit],
+    isolate: bool,
+    progress: Progress,
+) -> None:
+    """Do the units of this process's share that are not done yet."""
+    finished = [unit for unit in share if workdir.unit_marker(unit.unit_id).exists()]
+    finished_ids = {unit.unit_id for unit in finished}
+    pending = [unit for unit in share if unit.unit_id not in finished_ids]
+    if not pending:
+        return
+    logger.info("%d work units to do, %d done before", len(pending), len(finished))
+    bad_lines, examples = 0, list[str]()
+    for unit in finished:
+        result = UnitResult.load(workdir.unit_marker(unit.unit_id))
+        bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
+    dead: list[DeadWorker] = []
+    results: Iterator[UnitResult]
+    if isolate or (config.workers > 1 and len(pending) > 1):
+        results = run_in_workers(config, prior, pending, progress, dead)
+    else:
+        results = run_in_process(config, prior, pending, progress)
+    progress.start(_documents(share), _documents(finished))
+    try:
+        for result in results:
+            bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
+            check_bad_lines(bad_lines, examples, config.max_bad_lines)
+    finally:
+        progress.close()
+    undone = [unit for unit in pending if not workdir.unit_marker(unit.unit_id).exists()]
+    for worker in dead:
+        logger.warning("%s", worker)
+    if undone:
+        what = f"{len(undone)} work units are not done; run the same command again for them:"
+        raise PlanError("\n  ".join([what, *map(str, dead)]))
+
+
+def _documents(units: Sequence[WorkUnit]) -> int:
+    """Documents of the units."""
+    return sum(unit.num_documents for unit in units)
+
+
+def _may_merge(plan: Plan, workdir: WorkDir, *, waits_for_others: bool) -> bool:
+    """Whether all units are done; if not, whether that is in order.
+
+    Raises:
+        PlanError: units are missing and nobody is going to do them.
+    """
+    missing = [unit.unit_id for unit in plan.units if not workdir.unit_marker(unit.unit_id).exists()]
+    if not missing or workdir.complete.exists():
+        return True
+    if waits_for_others:
+        logger.info("%d work units of other processes are not done yet; the last one merges", len(missing))
+        return False
+    shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+    raise PlanError(
+        f"cannot merge: {len(missing)} of {len(plan.units)} work units are not done (units {shown}); "
+        "run the job's edit stage for all ranks first"
+    )
+
+
+def _report(totals: Totals, prefixes: dict[str, str]) -> None:
+    """Log what came out."""
+    for key, prefix in prefixes.items():
+        counts = totals.keys[key]
+        logger.info(
+            "%s: %d documents in, %d out, %d bad lines; %d tokens",
+            prefix,
+            totals.documents_in,
+            counts.documents,
+            totals.bad_lines,
+            counts.tokens,
+        )
+        if counts.eod_in_text:
+            logger.warning(
+                "%s: the text itself spells the end-of-document token %d times; readers of the dataset will "
+                "see a document boundary there",
+                prefix,
+                counts.eod_in_text,
+            )

@@ -1,0 +1,51 @@
+"""Which share of a job this process takes, as its launcher says it.
+
+Invariant: rank and world size come from one source, never half from one and half from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_tokedit.errors import ConfigError
+
+
+def placement(
+    environment: Mapping[str, str], rank: int | None = None, world_size: int | None = None
+) -> tuple[int, int]:
+    """Rank and world size: as given, else from torchrun, else from a Slurm array, else 0 of 1.
+
+    Args:
+        environment: of the process.
+        rank: ``--rank``; needs ``world_size``.
+        world_size: ``--world-size``; needs ``rank``.
+
+    Raises:
+        ConfigError: only one of the two is given, they do not fit each other, or a launcher's variable is not
+            a number.
+    """
+    if (rank is None) != (world_size is None):
+        raise ConfigError("--rank and --world-size: give both or none")
+    if rank is None or world_size is None:
+        rank, world_size = _from_launcher(environment)
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} of {world_size}: expected a rank from 0 to world size - 1")
+    return rank, world_size
+
+
+def _from_launcher(environment: Mapping[str, str]) -> tuple[int, int]:
+    """What torchrun or a Slurm array says."""
+
+    def number(name: str, default: str | None = None) -> int:
+        value = environment.get(name, default)
+        if value is None or not value.lstrip("-").isdecimal():
+            raise ConfigError(f"environment variable {name}={value!r}: expected a whole number")
+        return int(value)
+
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return number("RANK"), number("WORLD_SIZE")
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        step = number("SLURM_ARRAY_TASK_STEP", "1")
+        first = number("SLURM_ARRAY_TASK_MIN", "0")
+        return (number("SLURM_ARRAY_TASK_ID") - first) // step, number("SLURM_ARRAY_TASK_COUNT")
+    return 0, 1

@@ -1,0 +1,63 @@
+"""How far a job is: an interface for bars and logs, and the one that logs.
+
+Invariant: progress is told in documents of this process's share, finished units of earlier runs included.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from megatron_tokedit.log import get_logger
+
+logger = get_logger(__name__)
+
+
+class Progress(Protocol):
+    """Is told what happens; shows it or not."""
+
+    def start(self, total_documents: int, done_documents: int) -> None:
+        """Work begins on ``total_documents``, of which ``done_documents`` were done by an earlier run."""
+
+    def advance(self, documents: int, tokens: int) -> None:
+        """So many more documents, with so many tokens, are done."""
+
+    def close(self) -> None:
+        """Work has ended, well or not."""
+
+
+class LogProgress:
+    """Logs a line about every ``interval`` documents.
+
+    Args:
+        interval: documents between two lines.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._total = self._done = self._tokens = self._next = 0
+        self._begin_seconds = 0.0
+
+    def start(self, total_documents: int, done_documents: int) -> None:
+        """See :class:`Progress`."""
+        self._total, self._done, self._tokens = total_documents, done_documents, 0
+        self._next = done_documents + self._interval
+        self._begin_seconds = time.perf_counter()
+
+    def advance(self, documents: int, tokens: int) -> None:
+        """See :class:`Progress`."""
+        self._done += documents
+        self._tokens += tokens
+        if self._done >= self._next:
+            self._next = self._done + self._interval
+            seconds = max(time.perf_counter() - self._begin_seconds, 1e-9)
+            logger.info(
+                "%d of %d documents (%.1f%%), %.0f tokens/s",
+                self._done,
+                self._total,
+                100.0 * self._done / max(self._total, 1),
+                self._tokens / seconds,
+            )
+
+    def close(self) -> None:
+        """See :class:`Progress`."""

@@ -1,0 +1,204 @@
+"""What a job works with, found and checked before any document is read: tokenizer, prior, edit method.
+
+Invariant: a tokenizer and a prior that do not belong together never meet a document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.edit.editor import EditMethod, Editor
+from megatron_tokedit.edit.rules import DEFAULT_TEMPERATURE, preset
+from megatron_tokedit.edit.samplers import TopK
+from megatron_tokedit.errors import TokenizerError
+from megatron_tokedit.scoring.base import CandidateRequest, Scorer
+from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:  # these import torch, which a job that edits nothing does not need
+    from megatron_tokedit.scoring.load import PriorIdentity
+    from megatron_tokedit.scoring.scorer import ScoringOptions
+
+_PROBE = (
+    "The quick brown fox jumps over the lazy dog. One day, a little girl named Lily found 12 apples;\n"
+    "she said: \"There's more (and better) in the house.\" In 1987, the European Union's parliament met."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PriorPlan:
+    """The prior of a job and how it is used; picklable, so that workers load what the plan says.
+
+    Attributes:
+        identity: which model.
+        options: windows and batches.
+        dtype: precision.
+        threads: torch threads on CPU.
+    """
+
+    identity: PriorIdentity
+    options: ScoringOptions
+    dtype: str
+    threads: int
+
+    def settings(self) -> dict[str, Any]:
+        """What of it determines the bytes, for the plan and the manifest."""
+        return {
+            "backend": self.identity.backend,
+            "fingerprint": self.identity.fingerprint,
+            "vocab_size": self.identity.vocab_size,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "context_tokens": self.options.context_tokens,
+            "overlap_tokens": self.options.overlap_tokens,
+            "start_id": self.options.start_id,
+            "batch_tokens": self.options.batch_tokens,
+            "logits_bytes": self.options.logits_bytes,
+        }
+
+
+def edit_method(config: PreprocessConfig) -> EditMethod:
+    """The edit method of a configuration."""
+    temperature = config.edit_temperature or DEFAULT_TEMPERATURE.get(config.edit_strategy, 1.0)
+    return EditMethod(
+        rules=preset(
+            config.edit_strategy,
+            threshold=config.edit_threshold,
+            low_threshold=config.edit_low_threshold,
+        ),
+        sampler=TopK(config.edit_top_k, temperature),
+        seed=config.seed,
+        exclude_original=config.edit_exclude_original,
+    )
+
+
+def edit_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """Every edit setting, for the plan and the manifest."""
+    method = edit_method(config)
+    return {
+        "strategy": config.edit_strategy,
+        "threshold": config.edit_threshold,
+        "low_threshold": config.edit_low_threshold,
+        "comparison": "p >= threshold; p < low_threshold",
+        "sampler": config.edit_sampler,
+        "top_k": config.edit_top_k,
+        "temperature": method.sampler.temperature if isinstance(method.sampler, TopK) else None,
+        "exclude_original": config.edit_exclude_original,
+        "generation": method.generation,
+        "seed": config.seed,
+    }
+
+
+def make_editor(config: PreprocessConfig, tokenizer: Tokenizer) -> Editor:
+    """The editor of a job."""
+    return Editor(
+        edit_method(config),
+        vocab_size=tokenizer.vocab_size,
+        special_ids=tokenizer.special_ids,
+        bos=tokenizer.bos,
+    )
+
+
+def candidate_request(editor: Editor, tokenizer: Tokenizer, scorer: Scorer) -> CandidateRequest:
+    """What to ask of the scorer: no special tokens, and no ids that the tokenizer does not have."""
+    beyond = range(tokenizer.vocab_size, scorer.vocab_size)
+    return CandidateRequest(
+        num_candidates=editor.method.sampler.num_candidates,
+        intervals=editor.method.rules.resample_intervals,
+        excluded_ids=tuple(sorted(tokenizer.special_ids | set(beyond))),
+    )
+
+
+def find_prior(config: PreprocessConfig, tokenizer: Tokenizer) -> PriorPlan | None:
+    """Identify the prior, check that it fits the tokenizer and settle its windows; None where nothing is
+    edited.
+
+    Raises:
+        PriorError: the prior is not usable.
+        TokenizerError: it does not belong to the tokenizer.
+        ConfigError: a window that it cannot take.
+    """
+    if not config.edits or config.prior is None:
+        return None
+    from megatron_tokedit.scoring.load import (
+        DEFAULT_CONTEXT_TOKENS,
+        identify_prior,
+        resolve_device,
+        scoring_options,
+    )
+
+    resolve_device(config.prior_device)
+    identity = identify_prior(config.prior, config.prior_backend)
+    _check_tokenizer(tokenizer, identity)
+    options = scoring_options(
+        identity,
+        start_id=_start_id(tokenizer, identity),
+        context_tokens=config.prior_context or min(DEFAULT_CONTEXT_TOKENS, identity.max_context_tokens),
+        overlap_tokens=config.prior_overlap,
+        batch_tokens=config.prior_batch_tokens,
+        logits_bytes=config.prior_logits_bytes,
+    )
+    return PriorPlan(identity, options, config.prior_dtype, config.prior_threads)
+
+
+def _start_id(tokenizer: Tokenizer, identity: PriorIdentity) -> int | None:
+    """The id put before each window: the prior's own, else BOS where the tokenizer's models expect it.
+
+    A tokenizer that writes BOS itself needs none; a prior trained on ``.bin`` files never saw BOS, there a
+    document follows the end of the one before.
+    """
+    if identity.start_id is not None:
+        return identity.start_id
+    return tokenizer.bos if tokenizer.prepends_bos and tokenizer.bos not in tokenizer.prefix_ids else None
+
+
+def load_prior(prior: PriorPlan, device: str) -> Scorer:
+    """Load the prior of a plan into this process and set the number of torch threads.
+
+    Raises:
+        PriorError: it cannot be loaded.
+    """
+    import torch
+
+    from megatron_tokedit.scoring.load import load_scorer
+
+    torch.set_num_threads(prior.threads)
+    scorer = load_scorer(prior.identity, prior.options, dtype=prior.dtype, device=device)
+    torch.set_num_threads(prior.threads)  # megatron's initialisation may have chosen its own
+    return scorer
+
+
+def _check_tokenizer(tokenizer: Tokenizer, identity: PriorIdentity) -> None:
+    """Refuse a tokenizer that the prior was not trained with, as far as the prior's folder tells."""
+    name = f"tokenizer {tokenizer.tokenizer_model}"
+    if tokenizer.vocab_size > identity.vocab_size:
+        raise TokenizerError(
+            f"{name} has {tokenizer.vocab_size} ids, but the prior {identity.path} has a vocabulary of "
+            f"{identity.vocab_size}; give the tokenizer that the prior was trained with"
+        )
+    if identity.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise TokenizerError(
+            f"{name} is not the one that the prior {identity.path} was trained with (their fingerprints "
+            "differ); give that one"
+        )
+    own = _own_tokenizer(identity) if identity.backend == "hf" else None
+    if own is None:
+        return
+    ids, own_ids = set(tokenizer.encode(_PROBE)), set(own.encode(_PROBE))
+    if len(ids & own_ids) < len(ids | own_ids) / 2:
+        raise TokenizerError(
+            f"{name} gives other ids than the tokenizer in the prior's folder {identity.path} for the same "
+            "text; give the tokenizer that the prior was trained with"
+        )
+
+
+def _own_tokenizer(identity: PriorIdentity) -> Tokenizer | None:
+    """The tokenizer in a Hugging Face model folder, where there is one."""
+    folder = Path(identity.path)
+    if (folder / "tokenizer.model").is_file():
+        return load_tokenizer("SentencePieceTokenizer", str(folder / "tokenizer.model"))
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return load_tokenizer("HuggingFaceTokenizer", str(folder))
+    return None

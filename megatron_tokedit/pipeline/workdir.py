@@ -1,0 +1,102 @@
+"""Names of all files of a job, and the lock that lets one process at a time plan or merge.
+
+    PREFIX_KEY_document.{bin,idx,edits,manifest.json,stats.json}    the outputs
+    PREFIX.work/plan.json                                           what the job is
+    PREFIX.work/complete.json                                       written last, after the merge
+    PREFIX.work/units/0000/0000012_KEY.{bin,idx,edits}              a unit's part of each output
+    PREFIX.work/units/0000/0000012.json                             its marker: the unit is done; its counts
+
+Invariant: a marker appears, by rename, after all files of its unit; ``complete.json`` after all outputs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tokedit.errors import DataFormatError
+from megatron_tokedit.log import get_logger
+
+logger = get_logger(__name__)
+OUTPUT_SUFFIXES = (".bin", ".idx", ".manifest.json", ".stats.json", ".edits")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkDir:
+    """The files of the job with this output prefix."""
+
+    output_prefix: str
+
+    @property
+    def root(self) -> Path:
+        """``PREFIX.work``."""
+        return Path(f"{self.output_prefix}.work")
+
+    @property
+    def plan(self) -> Path:
+        """The recorded plan."""
+        return self.root / "plan.json"
+
+    @property
+    def complete(self) -> Path:
+        """The marker of a finished job."""
+        return self.root / "complete.json"
+
+    @property
+    def units(self) -> Path:
+        """The folder of the units' parts."""
+        return self.root / "units"
+
+    def output(self, key: str) -> str:
+        """Prefix of a key's dataset."""
+        return f"{self.output_prefix}_{key}_document"
+
+    def unit_part(self, unit_id: int, key: str) -> str:
+        """Prefix of a unit's part of a key's dataset."""
+        return f"{self._unit(unit_id)}_{key}"
+
+    def unit_marker(self, unit_id: int) -> Path:
+        """The marker of a finished unit."""
+        return Path(f"{self._unit(unit_id)}.json")
+
+    def _unit(self, unit_id: int) -> str:
+        """A thousand units a folder."""
+        return f"{self.units}/{unit_id // 1000:04d}/{unit_id:07d}"
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            DataFormatError: it cannot be made.
+        """
+        make_folder(self.root)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the job's lock; released when the process ends, however it ends.
+
+        Where the file system has no locks the block runs without one: what it writes is the same whoever
+        writes it, and appears by rename.
+        """
+        with open(self.root / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.warning("%s: no file locks here (%s); going on without", self.root, error.strerror)
+            yield
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        DataFormatError: the operating system refuses.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise DataFormatError(f"cannot make the folder {path}: {error.strerror}") from error

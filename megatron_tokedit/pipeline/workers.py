@@ -1,0 +1,178 @@
+"""Several processes that do units, and what happens when one of them dies.
+
+Each worker is a fresh interpreter (spawned) with a tokenizer and a prior of its own; it is handed one unit at
+a time. Invariant: which worker does a unit changes nothing of its files. A worker that dies costs its unit
+only: the others go on, and the caller is told at the end.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from megatron_tokedit import log
+from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.corpus import WorkUnit
+from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.pipeline.progress import Progress
+from megatron_tokedit.pipeline.resources import PriorPlan
+from megatron_tokedit.pipeline.unit import UnitResult, UnitWorker
+
+_STOP_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeadWorker:
+    """A worker that ended before its unit did."""
+
+    unit: WorkUnit | None
+    exit_code: int | None
+
+    def __str__(self) -> str:
+        code = self.exit_code
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+        if self.unit is None:
+            return f"a worker {how} while it started"
+        unit = self.unit
+        first = unit.first_line
+        return f"a worker {how} in work unit {unit.unit_id} ({unit.path}, from document or line {first})"
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A process and what it is doing."""
+
+    process: SpawnProcess
+    connection: Connection
+    unit: WorkUnit | None = None
+
+
+def run_in_process(
+    config: PreprocessConfig, prior: PriorPlan | None, units: Sequence[WorkUnit], progress: Progress
+) -> Iterator[UnitResult]:
+    """Do the units in this process, in order."""
+    worker = UnitWorker(config, prior, config.prior_device)
+    for unit in units:
+        yield worker.process(unit, progress.advance)
+
+
+def run_in_workers(
+    config: PreprocessConfig,
+    prior: PriorPlan | None,
+    units: Sequence[WorkUnit],
+    progress: Progress,
+    dead: list[DeadWorker],
+) -> Iterator[UnitResult]:
+    """Do the units in ``config.workers`` processes, handing them out in order.
+
+    Args:
+        config: the job.
+        prior: as settled by the plan.
+        units: what is to be done.
+        progress: told as groups are done.
+        dead: workers that died are appended here.
+
+    Yields:
+        Results, in the order in which they are finished.
+
+    Raises:
+        TokeditError: the first that a worker reported; the other workers are stopped.
+    """
+    waiting = list(reversed(units))
+    workers = [_start(config, prior, index) for index in range(min(config.workers, len(units)))]
+    try:
+        while workers:
+            by_connection: dict[Any, _Worker] = {worker.connection: worker for worker in workers}
+            for connection in wait(list(by_connection)):
+                worker = by_connection[connection]
+                try:
+                    kind, content = worker.connection.recv()
+                except (EOFError, ConnectionResetError):
+                    worker.process.join()
+                    workers.remove(worker)
+                    if worker.unit is not None or worker.process.exitcode != 0:
+                        dead.append(DeadWorker(worker.unit, worker.process.exitcode))
+                    continue
+                if kind == "progress":
+                    progress.advance(*content)
+                    continue
+                if kind == "error":
+                    raise content
+                worker.unit = waiting.pop() if waiting else None
+                with suppress(BrokenPipeError):  # it died meanwhile; the next wait finds out
+                    worker.connection.send(worker.unit)
+                if kind == "done":
+                    yield content
+    finally:
+        _stop(workers)
+
+
+def _start(config: PreprocessConfig, prior: PriorPlan | None, index: int) -> _Worker:
+    """Start one worker."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, config, prior, index), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    """End the workers that are still there."""
+    for worker in workers:
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join(_STOP_SECONDS)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _work(connection: Connection, config: PreprocessConfig, prior: PriorPlan | None, index: int) -> None:
+    """The life of a worker: ask for a unit, do it, say so, until there is none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    log.configure(quiet=True)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    if prior is not None and config.prior_device != "cpu":
+        _choose_gpu(config.workers, index)
+    try:
+        worker = UnitWorker(config, prior, config.prior_device)
+        connection.send(("ready", None))
+        while (unit := connection.recv()) is not None:
+            result = worker.process(
+                unit, lambda documents, tokens: connection.send(("progress", (documents, tokens)))
+            )
+            connection.send(("done", result))
+    except (EOFError, BrokenPipeError):  # the parent is gone
+        return
+    except (TokeditError, OSError) as error:
+        connection.send(("error", error))
+    except Exception:  # noqa: BLE001 - a bug of ours: the parent shows the worker's traceback
+        connection.send(("error", RuntimeError(f"a worker failed:\n{traceback.format_exc()}")))
+
+
+def _die_with_parent() -> None:
+    """End this process when its parent ends, however it ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _choose_gpu(num_workers: int, index: int) -> None:
+    """Spread this node's workers over its GPUs; must run before CUDA is initialised."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        os.environ["LOCAL_RANK"] = str((local_rank * num_workers + index) % count)

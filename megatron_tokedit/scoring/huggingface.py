@@ -1,0 +1,162 @@
+"""A Hugging Face causal language model folder as a backbone.
+
+The hidden states come from the base model and the head is applied in chunks, so what stands between them in
+the model's own ``forward`` (a bias, a scale, a soft cap) has to be known here. That it is known is not
+assumed: at load, the chunked head is compared with the model's own logits on a sample, and so is a padded row
+with an unpadded one (a model that looks ahead would differ).
+
+Invariant: a model whose own logits the chunked head does not reproduce is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from megatron_tokedit.errors import PriorError
+from megatron_tokedit.scoring.head import OutputHead
+from megatron_tokedit.scoring.load import UNLIMITED_TOKENS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+_SAMPLE_TOKENS = 16
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference of log-probabilities that rounding may explain in the check at load."""
+
+
+class HuggingFaceBackbone:
+    """A causal language model loaded with ``AutoModelForCausalLM``; see :class:`Backbone` for the members.
+
+    Args:
+        path: model folder.
+        fingerprint: of the folder's files.
+        dtype: ``float32`` or ``bfloat16``.
+        device: where it runs.
+
+    Raises:
+        PriorError: the folder cannot be loaded, lacks weights, or the chunked head does not fit the model.
+    """
+
+    def __init__(self, path: str, *, fingerprint: str, dtype: str, device: torch.device) -> None:
+        self.device = device
+        self.fingerprint = hashlib.sha256(f"{fingerprint} {dtype}".encode()).hexdigest()
+        self._model = _load_model(path, DTYPES[dtype]).to(device).eval().requires_grad_(False)
+        config = self._model.config
+        self.max_context_tokens = context_limit(config)
+        self._base = self._model.base_model
+        self.head = _find_head(path, self._model)
+        self._check(path)
+
+    def hidden_states(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Final hidden states ``[B, L, H]``. No attention mask: rows are padded on the right only."""
+        hidden_BLH: torch.Tensor = self._base(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return hidden_BLH
+
+    @torch.inference_mode()
+    def _check(self, path: str) -> None:
+        """Compare the chunked head with the model's own logits, and a padded row with an unpadded one."""
+        length = min(_SAMPLE_TOKENS, self.max_context_tokens)
+        generator = torch.Generator().manual_seed(0)
+        ids_1L = torch.randint(self.head.vocab_size, (1, length), generator=generator).to(self.device)
+        own_LV = self._model(input_ids=ids_1L, use_cache=False).logits[0, :, : self.head.vocab_size].float()
+        hidden_LH = self.hidden_states(ids_1L)[0]
+        ours_LV = self.head.logits(hidden_LH)
+        tolerance = _TOLERANCE[self.head.weight_VH.dtype]
+        difference = (own_LV.log_softmax(-1) - ours_LV.log_softmax(-1)).abs().max().item()
+        if not difference <= tolerance:
+            raise PriorError(
+                f"{path}: log-probabilities from the chunked head differ by {difference:.3g} from those of "
+                f"{type(self._model).__name__} itself; this architecture's head is not supported"
+            )
+        half_LV = self.head.logits(self.hidden_states(ids_1L[:, : length // 2])[0])
+        difference = (half_LV.log_softmax(-1) - ours_LV[: length // 2].log_softmax(-1)).abs().max().item()
+        if not difference <= tolerance:
+            raise PriorError(
+                f"{path}: what follows a token changes its log-probability by {difference:.3g} "
+                f"({type(self._model).__name__}); a prior must be a causal language model"
+            )
+
+
+def load_config(path: str) -> Any:
+    """The folder's transformers configuration.
+
+    Raises:
+        PriorError: there is none, or it is damaged or of an unknown architecture.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PriorError(f"{path}: not a usable Hugging Face model folder: {_first_line(error)}") from error
+
+
+def context_limit(config: Any) -> int:
+    """Longest input in tokens that a model's configuration states; 2**30 where it states none."""
+    for key in _CONTEXT_KEYS:
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return UNLIMITED_TOKENS
+
+
+def weight_files(path: str) -> list[Path]:
+    """Files that determine the scores: the configuration and the weights.
+
+    Raises:
+        PriorError: the folder holds no weights.
+    """
+    folder = Path(path)
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not weights:
+        raise PriorError(f"{path}: no weights (*.safetensors or pytorch_model*.bin) in this model folder")
+    return [folder / "config.json", *weights]
+
+
+def _load_model(path: str, dtype: torch.dtype) -> Any:
+    """The model with every weight taken from the folder."""
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise PriorError(f"{path}: the prior cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise PriorError(
+            f"{path}: {len(missing)} weights are missing from the folder, the first is {missing[0]}; "
+            "they would be random, so this prior is refused"
+        )
+    return model
+
+
+def _find_head(path: str, model: Any) -> OutputHead:
+    """The output layer, and what the model's ``forward`` does to its logits."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, torch.nn.Linear):
+        raise PriorError(
+            f"{path}: {type(model).__name__} has no linear output layer; expected a causal language model"
+        )
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    return OutputHead(
+        weight_VH=layer.weight,
+        bias_V=layer.bias,
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, with its type where the message is short of words."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,188 @@
+"""Finding out what a prior is, cheaply, and loading it.
+
+:func:`identify_prior` reads configuration and hashes weights, without building a model: enough to plan a job,
+to check a tokenizer and to recognise that a rerun uses the same prior. :func:`load_scorer` builds the model.
+
+Invariant: the two agree; the scorer's fingerprint starts from the identity's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.scoring.scorer import Backbone, CausalScorer, ScoringOptions
+
+Backend = Literal["hf", "megatron"]
+DEFAULT_CONTEXT_TOKENS = 2048
+DEFAULT_OVERLAP_TOKENS = 512
+UNLIMITED_TOKENS = 1 << 30
+"""``max_context_tokens`` of a model that states no limit."""
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class PriorIdentity:
+    """What a prior is, from its files alone.
+
+    Attributes:
+        path: the folder, as given.
+        backend: ``hf`` or ``megatron``.
+        fingerprint: SHA-256 (hex) over the configuration and the weights.
+        vocab_size: real vocabulary of the model.
+        max_context_tokens: longest input.
+        tokenizer_fingerprint: of the tokenizer it was trained with, where the folder records it.
+        start_id: the id that a document follows in the text it was trained on, where the folder records it (a
+            Megatron checkpoint: the end of the document before); None: as the tokenizer says.
+    """
+
+    path: str
+    backend: Backend
+    fingerprint: str
+    vocab_size: int
+    max_context_tokens: int
+    tokenizer_fingerprint: str | None
+    start_id: int | None = None
+
+
+def detect_backend(path: str) -> Backend:
+    """Tell a Hugging Face model folder from a Megatron checkpoint folder by its content.
+
+    Raises:
+        PriorError: it is neither.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise PriorError(f"prior {path}: no such folder")
+    if (folder / "config.json").is_file():
+        return "hf"
+    if any((folder / name).exists() for name in ("COMPLETE.json", "latest", "checkpoints")):
+        return "megatron"
+    raise PriorError(
+        f"prior {path}: neither a Hugging Face model folder (no config.json) nor a Megatron checkpoint "
+        "(a step folder with COMPLETE.json, or a run folder with checkpoints/)"
+    )
+
+
+def identify_prior(path: str, backend: Literal["auto", "hf", "megatron"] = "auto") -> PriorIdentity:
+    """Describe a prior without loading its weights into a model.
+
+    Raises:
+        PriorError: the folder is not a usable prior.
+    """
+    if (detect_backend(path) if backend == "auto" else backend) == "megatron":
+        from megatron_tokedit.scoring.megatron import identify_checkpoint
+
+        return identify_checkpoint(path)
+    from megatron_tokedit.scoring.huggingface import context_limit, load_config, weight_files
+
+    config = load_config(path)
+    return PriorIdentity(
+        path=path,
+        backend="hf",
+        fingerprint=hash_files(weight_files(path)),
+        vocab_size=config.vocab_size,
+        max_context_tokens=context_limit(config),
+        tokenizer_fingerprint=None,
+    )
+
+
+def scoring_options(
+    identity: PriorIdentity,
+    *,
+    start_id: int | None,
+    context_tokens: int | None = None,
+    overlap_tokens: int | None = None,
+    batch_tokens: int,
+    logits_bytes: int,
+) -> ScoringOptions:
+    """How a prior is used, with defaults that fit it.
+
+    Args:
+        identity: the prior.
+        start_id: id put before each window.
+        context_tokens: tokens a window; default: the model's limit, 2048 where it states none.
+        overlap_tokens: of them context only; default: 512, or a quarter of a smaller window.
+        batch_tokens: positions a forward.
+        logits_bytes: memory of the head.
+
+    Raises:
+        ConfigError: a window that the model cannot take, or an overlap as long as the window.
+    """
+    limit = identity.max_context_tokens
+    context = context_tokens or (limit if limit < UNLIMITED_TOKENS else DEFAULT_CONTEXT_TOKENS)
+    overlap = overlap_tokens or min(DEFAULT_OVERLAP_TOKENS, max(1, context // 4))
+    if context > limit:
+        raise ConfigError(f"a context of {context} tokens: the model {identity.path} takes at most {limit}")
+    if overlap >= context:
+        raise ConfigError(f"an overlap of {overlap} tokens: expected less than the context of {context}")
+    return ScoringOptions(context, overlap, start_id, batch_tokens, logits_bytes)
+
+
+def load_scorer(
+    identity: PriorIdentity, options: ScoringOptions, *, dtype: str = "float32", device: str = "auto"
+) -> CausalScorer:
+    """Load a prior.
+
+    Args:
+        identity: from :func:`identify_prior`.
+        options: windows and batches.
+        dtype: ``float32`` or ``bfloat16``.
+        device: ``auto`` (CUDA where there is a device), ``cpu`` or ``cuda``.
+
+    Raises:
+        PriorError: the model cannot be loaded or does not fit the scorer.
+        ConfigError: options that the model cannot honour, or a device that is not there.
+    """
+    target = resolve_device(device)
+    backbone: Backbone
+    if identity.backend == "megatron":
+        from megatron_tokedit.scoring.megatron import MegatronBackbone
+
+        backbone = MegatronBackbone(identity, dtype=dtype, device=target)
+    else:
+        from megatron_tokedit.scoring.huggingface import HuggingFaceBackbone
+
+        backbone = HuggingFaceBackbone(
+            identity.path, fingerprint=identity.fingerprint, dtype=dtype, device=target
+        )
+    return CausalScorer(backbone, options)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device a name stands for; of several GPUs the one that LOCAL_RANK says, else the first.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    num_gpus = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and not num_gpus):
+        return torch.device("cpu")
+    if not num_gpus:
+        raise ConfigError(f"prior_device={device}: no CUDA device is usable here; give cpu or auto")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % num_gpus)
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 (hex) over names and contents of files, in constant memory.
+
+    Raises:
+        PriorError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise PriorError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""A Megatron checkpoint of this package as a backbone, in one process.
+
+Invariant: hidden states come from the same model code that training runs; rows of the output layer beyond the
+real vocabulary (padding for tensor parallelism) never take part in a softmax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import orjson
+import torch
+
+from megatron_tokedit.engine import checkpoint
+from megatron_tokedit.engine.inference import load_language_model
+from megatron_tokedit.errors import CheckpointError, PriorError
+from megatron_tokedit.scoring.head import OutputHead
+from megatron_tokedit.scoring.load import PriorIdentity, hash_files
+
+RECIPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def identify_checkpoint(path: str) -> PriorIdentity:
+    """Describe the newest complete checkpoint under ``path`` without loading it.
+
+    Raises:
+        PriorError: there is no complete checkpoint, or it does not say what model it holds.
+    """
+    try:
+        folder = checkpoint.require(path)
+        run_config = checkpoint.read_json(folder, checkpoint.RUN_CONFIG_FILE)
+        state = checkpoint.read_json(folder, checkpoint.STATE_FILE)
+        model = run_config["model"]
+        vocab_size = int(state["vocab_size"])
+        max_context_tokens = int(model.get("max_position_embeddings") or model["seq_length"])
+    except (CheckpointError, KeyError) as error:
+        raise PriorError(f"prior {path}: not a usable Megatron checkpoint: {error}") from error
+    tokenizer = state.get("tokenizer") or {}
+    files = orjson.loads((folder / checkpoint.MARKER).read_bytes())["files"]
+    return PriorIdentity(
+        path=str(folder),
+        backend="megatron",
+        fingerprint=hash_files([folder / name for name in sorted(files)]),
+        vocab_size=vocab_size,
+        max_context_tokens=max_context_tokens,
+        tokenizer_fingerprint=tokenizer.get("fingerprint"),
+        start_id=tokenizer.get("eod"),
+    )
+
+
+class MegatronBackbone:
+    """A checkpoint loaded through ``engine.inference``; see :class:`Backbone` for the members.
+
+    Args:
+        identity: from :func:`identify_checkpoint`.
+        dtype: ``float32`` or ``bfloat16``.
+        device: where it runs; a CUDA device is the process's current one.
+
+    Raises:
+        PriorError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(self, identity: PriorIdentity, *, dtype: str, device: torch.device) -> None:
+        try:
+            self._model = load_language_model(identity.path, device=device.type, precision=RECIPES[dtype])
+        except CheckpointError as error:
+            raise PriorError(f"prior {identity.path}: {error}") from error
+        self.device = self._model.device
+        self.max_context_tokens = self._model.max_context_tokens
+        self.fingerprint = hashlib.sha256(f"{identity.fingerprint} {dtype}".encode()).hexdigest()
+        self.head = OutputHead(weight_VH=self._model.output_weight[: self._model.vocab_size])
+
+    def hidden_states(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Final hidden states ``[B, L, H]``."""
+        return self._model.hidden_states(ids_BL)

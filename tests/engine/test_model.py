@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import engine_cases
+import pytest
+
+from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_tokedit.engine import model as engine_model
+from megatron_tokedit.errors import ConfigError
+from megatron_tokedit.testing.models import tiny_gpt2, tiny_llama
+
+MODELS = {
+    "llama": tiny_llama(),
+    "llama-tied": tiny_llama(share_embeddings_and_output_weights=True),
+    "llama-wide-heads": tiny_llama(kv_channels=16),
+    "gpt2": tiny_gpt2(),
+    "gpt2-untied": tiny_gpt2(share_embeddings_and_output_weights=False, max_position_embeddings=48),
+}
+
+
+def count(model):
+    run = engine_cases.start(model)
+    return sum(parameter.numel() for parameter in run.model[0].parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count_is_exact(ranks, name):
+    model = MODELS[name]
+    padding = engine_model.padded_vocab_size(90, 16, 1)
+    assert padding == 96
+    assert ranks.run(count, model, world_size=1) == [engine_model.num_parameters(model, 96)]
+
+
+def test_published_parameter_counts():
+    gpt2 = ModelConfig(family="gpt2", num_layers=12, hidden_size=768, num_attention_heads=12, seq_length=1024)
+    assert engine_model.num_parameters(gpt2, 50257) == 124_439_808
+    llama3_8b = ModelConfig(
+        num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336,
+        seq_length=8192,
+    )  # fmt: skip
+    assert engine_model.num_parameters(llama3_8b, 128256) == 8_030_261_248
+
+
+def test_flops_follow_the_six_n_rule_plus_attention():
+    model = tiny_llama()
+    matrices = engine_model.num_parameters(model, 90) - 90 * 32 - 9 * 32  # no input embedding, no norms
+    attention = 3 * 4 * (2 * 2 * 32 * 33 / 2)
+    assert engine_model.flops_per_token(model, 90) == pytest.approx(6 * matrices + attention)
+
+
+def test_padding_does_not_depend_on_the_tensor_parallel_size():
+    assert {engine_model.padded_vocab_size(1100, 128, tp) for tp in (1, 2, 4, 8)} == {1152}
+    assert engine_model.padded_vocab_size(1100, 128, 3) == 1152
+    assert engine_model.padded_vocab_size(1000, 128, 6) % 6 == 0
+
+
+def test_sizes_that_do_not_divide_are_all_named():
+    import torch
+
+    model = tiny_llama(num_layers=3, num_query_groups=1)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with pytest.raises(ConfigError) as caught:
+        engine_model.transformer_config(model, PrecisionConfig(recipe="fp32"), parallel, torch.device("cpu"))
+    assert "model.num_query_groups=1 is not a multiple of parallel.tensor_model_parallel_size=2" in str(
+        caught.value
+    )
+    assert "model.num_layers=3 is not a multiple of parallel.pipeline_model_parallel_size=2" in str(
+        caught.value
+    )
+
+
+def world_does_not_fit():
+    try:
+        engine_cases.start(tiny_llama(), tp=2)
+    except ConfigError as error:
+        return str(error)
+    return "started"
+
+
+def test_world_size_that_does_not_fit(ranks):
+    (message,) = ranks.run(world_does_not_fit, world_size=1)
+    assert (
+        "1 ranks cannot be split into tensor_model_parallel_size=2 x pipeline_model_parallel_size=1"
+        in message
+    )
+
+
+def rates():
+    from megatron_tokedit.engine.optimizer import learning_rate
+
+    run = engine_cases.start(tiny_llama(), lr=1e-2, min_lr=1e-3)
+    seen = []
+    for _ in range(21):
+        seen.append(learning_rate(run.optimizer))
+        run.scheduler.step(1)
+    return seen
+
+
+def test_schedule_warms_up_and_decays_by_cosine(ranks):
+    import math
+
+    (seen,) = ranks.run(rates, world_size=1)
+    assert seen[:3] == pytest.approx([0.0, 5e-3, 1e-2])
+    want = [1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 18)) for step in range(2, 21)]
+    assert seen[2:] == pytest.approx(want)

@@ -1,0 +1,66 @@
+"""A checkpoint written by the engine (TP2) is a prior; its scores are the softmax of its own logits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_tokedit.errors import PriorError
+from megatron_tokedit.scoring.load import identify_prior
+from megatron_tokedit.testing.models import tiny_llama
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))
+
+
+def save_checkpoint(folder, model):
+    import engine_cases
+
+    run = engine_cases.start(model, tp=2)
+    run.steps(1)
+    run.save(folder, 1)
+
+
+def scores_and_own_logprobs(folder, ids):
+    import torch
+
+    from megatron_tokedit.engine.inference import load_language_model
+    from megatron_tokedit.scoring.base import CandidateRequest
+    from megatron_tokedit.scoring.load import load_scorer
+    from megatron_tokedit.scoring.scorer import ScoringOptions
+
+    identity = identify_prior(folder)
+    options = ScoringOptions(
+        context_tokens=16, overlap_tokens=4, start_id=1, batch_tokens=64, logits_bytes=5000
+    )
+    scorer = load_scorer(identity, options, device="cpu")
+    (scores,) = scorer.score([ids], CandidateRequest(500, ((-np.inf, np.inf),), (0,)))
+    model = load_language_model(folder, device="cpu")
+    hidden = model.hidden_states(torch.tensor([[1, *ids[:-1].tolist()]]))
+    logits = (hidden @ model.output_weight.T)[0, :, : model.vocab_size].float()
+    return scores, logits.log_softmax(-1).numpy(), scorer.vocab_size, scorer.fingerprint
+
+
+def test_a_checkpoint_is_a_prior(ranks, tmp_path):
+    ranks.run(save_checkpoint, tmp_path, tiny_llama(), world_size=2)
+    identity = identify_prior(str(tmp_path))
+    assert (identity.backend, identity.vocab_size, identity.max_context_tokens) == ("megatron", 90, 32)
+    assert identity == identify_prior(str(tmp_path / "checkpoints"))
+
+    ids = np.arange(5, 17, dtype=np.int32)
+    ((scores, own, vocab_size, fingerprint),) = ranks.run(
+        scores_and_own_logprobs, str(tmp_path), ids, world_size=1
+    )
+    assert vocab_size == 90
+    assert len(fingerprint) == 64
+    np.testing.assert_allclose(scores.logprobs_T, own[np.arange(12), ids], atol=1e-5)
+    assert scores.candidate_ids_EK.shape == (12, 89)
+    assert scores.candidate_ids_EK.max() < 90  # rows of padding are no candidates
+    np.testing.assert_allclose(np.exp(own).sum(axis=1), 1, atol=1e-5)
+
+    (marker,) = tmp_path.glob("checkpoints/step_*/COMPLETE.json")
+    marker.unlink()
+    with pytest.raises(PriorError, match="no complete checkpoint"):
+        identify_prior(str(tmp_path))

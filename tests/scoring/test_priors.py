@@ -1,0 +1,175 @@
+"""Hugging Face folders and Megatron checkpoints behind the one contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_tokedit.edit.editor import Candidates, EditMethod, Editor
+from megatron_tokedit.edit.random import document_key
+from megatron_tokedit.edit.rules import preset
+from megatron_tokedit.edit.samplers import TopK
+from megatron_tokedit.edit.statistics import EditStatistics
+from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.scoring.base import CandidateRequest
+from megatron_tokedit.scoring.load import identify_prior, load_scorer
+from megatron_tokedit.scoring.scorer import ScoringOptions
+from megatron_tokedit.testing.models import write_hf_gpt2, write_hf_llama
+
+OPTIONS = ScoringOptions(
+    context_tokens=16, overlap_tokens=4, start_id=None, batch_tokens=64, logits_bytes=5000
+)
+STORIES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "priors" / "stories260K"
+
+
+def own_logprobs(path, ids):
+    """The model's own answer for one short document."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids.tolist()])).logits[0].float().log_softmax(-1)
+    return logprobs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("priors")
+    from transformers import (
+        CohereConfig,
+        CohereForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        PhiConfig,
+        PhiForCausalLM,
+    )
+
+    small = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    gemma = Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, final_logit_softcapping=2.0))
+    cohere = CohereForCausalLM(CohereConfig(**small, logit_scale=3.0))
+    phi = PhiForCausalLM(PhiConfig(**small))
+    torch.nn.init.normal_(phi.lm_head.bias)
+    for name, model in (("softcap", gemma), ("scale", cohere), ("bias", phi)):
+        model.save_pretrained(root / name)
+    write_hf_llama(root / "llama", vocab_size=61)
+    write_hf_gpt2(root / "tied", vocab_size=59)
+    return root
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "softcap", "scale", "bias"])
+def test_hugging_face_scores_are_the_models_own(folders, name):
+    identity = identify_prior(str(folders / name))
+    assert identity.backend == "hf"
+    scorer = load_scorer(identity, OPTIONS)
+    ids = np.random.default_rng(0).integers(3, 59, 12).astype(np.int32)
+    own = own_logprobs(folders / name, ids)
+    (short, scores) = scorer.score([ids[:3], ids], CandidateRequest(5, ((-np.inf, np.inf),), (0, 1, 2)))
+    assert np.isnan(scores.logprobs_T[0])
+    expected = own[:-1].gather(1, torch.tensor(ids[1:].astype(np.int64))[:, None])[:, 0]
+    np.testing.assert_allclose(scores.logprobs_T[1:], expected, atol=1e-4)
+    np.testing.assert_allclose(short.logprobs_T[1:], expected[:2], atol=1e-4)
+    own[:, :3] = -torch.inf
+    np.testing.assert_array_equal(scores.candidate_positions_E, np.arange(1, 12))
+    np.testing.assert_allclose(scores.candidate_logprobs_EK, own[:-1].topk(5).values, atol=1e-4)
+
+
+def test_bfloat16_is_near(folders):
+    identity = identify_prior(str(folders / "llama"))
+    ids = [np.arange(3, 40, dtype=np.int32)]
+    exact = load_scorer(identity, OPTIONS).score(ids)[0].logprobs_T
+    scorer = load_scorer(identity, OPTIONS, dtype="bfloat16")
+    np.testing.assert_allclose(scorer.score(ids)[0].logprobs_T[1:], exact[1:], atol=0.1)
+    assert scorer.fingerprint != load_scorer(identity, OPTIONS).fingerprint
+
+
+def test_fingerprint_changes_with_a_weight(folders, tmp_path):
+    first = identify_prior(str(folders / "llama"))
+    other = identify_prior(str(write_hf_llama(tmp_path / "other", vocab_size=61, seed=1)))
+    assert first.fingerprint == identify_prior(str(folders / "llama")).fingerprint != other.fingerprint
+
+
+def test_damaged_priors_are_refused(folders, tmp_path):
+    with pytest.raises(PriorError, match="no such folder"):
+        identify_prior(str(tmp_path / "nothing"))
+    with pytest.raises(PriorError, match="neither a Hugging Face"):
+        identify_prior(str(tmp_path))
+    broken = write_hf_llama(tmp_path / "broken", vocab_size=61)
+    (weights,) = broken.glob("*.safetensors")
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(PriorError, match="cannot be loaded"):
+        load_scorer(identify_prior(str(broken)), OPTIONS)
+    weights.unlink()
+    with pytest.raises(PriorError, match="no weights"):
+        identify_prior(str(broken))
+    (broken / "config.json").write_text("{")
+    with pytest.raises(PriorError, match="not a usable"):
+        identify_prior(str(broken))
+
+
+def test_missing_weights_are_refused(folders, tmp_path):
+    folder = write_hf_llama(tmp_path / "short", vocab_size=61)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1})
+    )
+    with pytest.raises(PriorError, match="missing from the folder"):
+        load_scorer(identify_prior(str(folder)), OPTIONS)
+
+
+def test_context_beyond_the_model_is_refused(folders):
+    identity = identify_prior(str(folders / "llama"))
+    with pytest.raises(ConfigError, match="takes at most"):
+        load_scorer(identity, ScoringOptions(identity.max_context_tokens + 1, 4, None, 64, 5000))
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="../shared/data is not beside the checkout")
+def test_reference_table_of_the_method():
+    """METHOD.md: the first 250 TinyStories documents, 512 positions each: 99,352 tokens, 16.88 % eligible,
+    2.2 % of them change.
+    """
+    import sentencepiece
+
+    text = (STORIES.parents[1] / "synthetic" / "tinystories_2MiB.txt").read_text()
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(STORIES / "tokenizer.model"))
+    documents = [
+        np.array(tokenizer.encode(part.strip())[:511], np.int32) for part in text.split("<|endoftext|>")[:250]
+    ]
+    assert sum(map(len, documents)) == 99_352
+    options = ScoringOptions(
+        context_tokens=512, overlap_tokens=128, start_id=1, batch_tokens=4096, logits_bytes=1 << 26
+    )
+    torch.set_num_threads(1)
+    method = EditMethod(preset("up_revise"), TopK(8, 1.5))
+    request = CandidateRequest(8, method.rules.resample_intervals, (0, 1, 2))
+    scores = load_scorer(identify_prior(str(STORIES)), options).score(documents, request)
+    logprobs = np.concatenate([score.logprobs_T for score in scores])
+    assert not np.isnan(logprobs).any()
+    share = float((logprobs >= np.float32(np.log(0.99))).mean())
+    assert round(100 * share, 2) == pytest.approx(16.88, abs=0.011)
+    assert float(np.exp(-logprobs.mean(dtype=np.float64))) == pytest.approx(4.43, abs=0.005)
+    editor = Editor(method, vocab_size=512, special_ids=frozenset({0, 1, 2}), bos=1)
+    statistics = EditStatistics()
+    for index, (ids, score) in enumerate(zip(documents, scores, strict=True)):
+        candidates = Candidates(
+            score.candidate_positions_E, score.candidate_ids_EK, score.candidate_logprobs_EK
+        )
+        edited = editor.edit([ids], score.logprobs_T, candidates, document_key([str(index)]))
+        statistics.add(score.logprobs_T, edited, (0.99,))
+    assert statistics.changed / statistics.eligible == pytest.approx(0.022, abs=0.003)
