@@ -33,4 +33,4 @@ class CheckpointError(TokeditError):
 
 
 class PlanError(TokeditError):
-    """A preprocessing job whose recorded plan differs from the one asked for, or whose units are unfinished."""
+    """A preprocessing job whose recorded plan is not the one asked for, or whose units are unfinished."""

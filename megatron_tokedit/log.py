@@ -14,7 +14,7 @@ ROOT_NAME = "megatron_tokedit"
 
 
 class _RankFilter(logging.Filter):
-    """Lets INFO and below pass on rank 0 only; warnings and errors of every rank pass, marked with the rank."""
+    """Lets INFO and below pass on rank 0 only; warnings and errors of all pass, marked with the rank."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()

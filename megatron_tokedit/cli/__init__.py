@@ -1,0 +1,1 @@
+"""The commands: argument parsing and exit codes, one file a command."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-import warnings
 from collections.abc import Sequence
 
 from megatron_tokedit.cli.main import add_common_arguments, run_command
@@ -105,8 +104,6 @@ def _world_size(arguments: argparse.Namespace) -> int | None:
 
 
 def _train(config: RunConfig, *, quiet: bool) -> int:
-    # what they warn of (no apex, names of torch functions that will change) is nothing a user can act on
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     from megatron_tokedit.engine.initialize import initialize
     from megatron_tokedit.tokenizers import load_tokenizer, tokenizer_spec
     from megatron_tokedit.training.trainer import train

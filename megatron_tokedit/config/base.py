@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen pydantic model that forbids unknown keys and documents each field from its attribute docstring."""
+    """A frozen pydantic model that forbids unknown keys; a field's docstring is its documentation."""
 
     model_config = ConfigDict(
         frozen=True,

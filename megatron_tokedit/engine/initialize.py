@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import random
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,12 +74,6 @@ def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
             f"pipeline_model_parallel_size={pp} = {tp * pp} ranks a model copy; start a multiple of "
             f"{tp * pp} ranks (torchrun --nproc-per-node {tp * pp}) or change the sizes"
         )
-
-
-def _quiet_megatron() -> None:
-    """Drop megatron-core's warnings about packages we know to be absent and about its own use of torch."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _set_threads(device_type: str, cpu_threads: int | None) -> None:
@@ -173,7 +166,6 @@ def initialize(
     _set_threads(device_type, cpu_threads)
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    _quiet_megatron()
     cpu_device.install()
     owns = _start_process_group(device_type, parallel.distributed_timeout_minutes, standalone)
 

@@ -127,7 +127,7 @@ def as_json(results: Sequence[CheckpointPerplexity]) -> dict[str, object]:
 
 
 def as_table(results: Sequence[CheckpointPerplexity], names: Sequence[str]) -> str:
-    """The table as text; ``names`` head the columns; ``*`` marks the lowest perplexity of a row of several."""
+    """The table as text; ``names`` head the columns; ``*`` marks the lowest of a row of several."""
     rows = [
         (domain.domain, f"{domain.num_scored_tokens:,d}", [r.domains[i].perplexity for r in results])
         for i, domain in enumerate(results[0].domains)
