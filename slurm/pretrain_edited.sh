@@ -30,20 +30,24 @@ source slurm/env.sh
 
 nodes="${SLURM_JOB_NUM_NODES:-1}"
 read -r head_node < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?not inside a Slurm job}")
+# the address Slurm itself uses for the node, which need not be its name; resolved here, outside any container
+head_address="$(scontrol show node "$head_node" --oneliner | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
+head_address="${head_address:-$head_node}"
 port=$((20000 + SLURM_JOB_ID % 20000))
-echo "job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}: $nodes node(s) x $RANKS_PER_NODE rank(s), head $head_node:$port"
+echo "job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0}: $nodes node(s) x $RANKS_PER_NODE rank(s), head $head_node ($head_address:$port)"
 
-# One task a node; torchrun starts the node's ranks. USR1 is ignored by everything but the ranks, which install a
-# handler of their own (an ignored signal stays ignored across exec).
+# One task a node; torchrun starts the node's ranks. USR1 is ignored by everything but the training ranks, which
+# install a handler of their own (an ignored signal stays ignored across exec).
+step=
 # shellcheck disable=SC2016
 launch() {
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL \
-        "${TOKEDIT_SRUN_ARGS[@]}" \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${TOKEDIT_SRUN_ARGS[@]}" \
         bash -c 'trap "" USR1; source "$TOKEDIT_ROOT/slurm/env.sh"; head="$1"; port="$2"; nodes="$3"; shift 3
             exec torchrun --nnodes="$nodes" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" \
                 --master-addr="$head" --master-port="$port" tools/train.py "$@"' \
-        launch "$head_node" "$port" "$nodes" "$@" &
-    local step=$!
+        launch "$head_address" "$port" "$nodes" "$@" &
+    step=$!
     local status=0
     # a trapped signal ends `wait` early: wait again until the step itself is over
     while :; do
@@ -53,15 +57,27 @@ launch() {
     return "$status"
 }
 
+stage=prepare
 interrupted=0
-trap 'interrupted=1; echo "USR1: asking the ranks for a checkpoint"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+# Finished work units outlive a killed preparation; training is asked for a checkpoint first.
+on_usr1() {
+    interrupted=1
+    if [[ "$stage" == prepare ]]; then
+        echo "USR1: ending the preparation; finished work units stay"
+        kill -TERM "$step"
+    else
+        echo "USR1: asking the ranks for a checkpoint"
+        scancel --signal=USR1 "$SLURM_JOB_ID"
+    fi
+}
+trap on_usr1 USR1
 
 requeue_if_interrupted() {
     ((interrupted)) || return 0
     local marker=".tokedit-requeue-$SLURM_JOB_ID" progress
     progress="$(python tools/train.py --config "$@" --progress 2>&1)" || true
     if [[ -f "$marker" && "$(cat "$marker")" == "$progress" ]]; then
-        echo "no progress since the last requeue ($progress): not requeued again; mend the cause and submit again" >&2
+        echo "no progress since the last requeue ($progress): not requeued; mend the cause and submit again" >&2
         exit 1
     fi
     printf '%s' "$progress" >"$marker"
@@ -70,11 +86,14 @@ requeue_if_interrupted() {
     exit 0
 }
 
-status=0
-launch --config "$@" --prepare || status=$?
-requeue_if_interrupted "$@"
-((status == 0)) || exit "$status"
-launch --config "$@" || status=$?
-requeue_if_interrupted "$@"
+for stage in prepare train; do
+    status=0
+    if [[ "$stage" == prepare ]]; then
+        launch --config "$@" --prepare || status=$?
+    else
+        launch --config "$@" || status=$?
+    fi
+    requeue_if_interrupted "$@"
+    ((status == 0)) || exit "$status"
+done
 rm -f ".tokedit-requeue-$SLURM_JOB_ID"
-exit "$status"

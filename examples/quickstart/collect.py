@@ -78,19 +78,19 @@ def texts_of_domain(domain: str) -> Iterator[str]:
 
 
 class Deduplicator:
-    """Drops a text when most of its long lines have been seen already (boilerplate, copies, near copies)."""
+    """Drops a text when nearly all of its long lines have been seen already: copies and near copies."""
 
     def __init__(self) -> None:
         self.seen: set[bytes] = set()
 
     def is_new(self, text: str) -> bool:
-        """True, and remembers the text's lines, unless more than half of its characters are old lines."""
+        """True, and remembers the text's lines, unless 80% of its characters or more are old lines."""
         stripped = [line.strip() for line in text.splitlines()]
         lines = [line for line in stripped if len(line) >= 20] or stripped
         keys = [hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines]
         old = sum(len(line) for line, key in zip(lines, keys, strict=True) if key in self.seen)
         self.seen.update(keys)
-        return old < max(1, 0.5 * sum(map(len, lines)))
+        return old < max(1, 0.8 * sum(map(len, lines)))
 
 
 def part_of(text: str) -> str:

@@ -57,7 +57,7 @@ def perplexity_table(out: Path) -> str:
 
 def edit_summary(out: Path) -> str:
     """What the prior changed, from the stats beside the edited dataset."""
-    stats = json.loads((out / "data" / "edited_text_document.stats.json").read_text())
+    stats = json.loads((out / "edited" / "edited_text_document.stats.json").read_text())
     edit = stats["edit"]
     scored = edit["scored"]
     shares = [f"{100 * count / scored:.1f}" for count in edit["p_histogram_10"]]
@@ -91,6 +91,7 @@ def write_report(out: Path, arms: tuple[str, ...], seconds: dict[str, float]) ->
             "",
             "=== What the models learned",
             perplexity_table(out),
+            "  (At this size expect about equal values: an edited corpus is still a corpus of human text.)",
             "",
             f"=== Loss curves: {picture}",
             "",

@@ -64,14 +64,14 @@ class Stages:
         return result
 
 
-def run_command(*words: object) -> None:
-    """Print a command as it could be typed, run it from the project's root, stop with its exit code."""
+def run_command(*words: object, threads: int = 1) -> None:
+    """Print a command as it could be typed, run it from the project's root, stop where it fails."""
     argv = [str(word) for word in words]
     print(
         "$ " + shlex.join(os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in argv),
         flush=True,
     )
-    environment = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), HF_HUB_OFFLINE="1")
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     status = subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode
     if status:
@@ -154,7 +154,8 @@ def main() -> None:
     out = arguments.output_dir.resolve()
     user_input = arguments.input.resolve() if arguments.input else None
     stages = Stages(out)
-    corpus, data, model_file = out / "corpus", out / "data", out / "tokenizer" / "tokenizer.model"
+    corpus, data, edited = out / "corpus", out / "data", out / "edited"
+    model_file = out / "tokenizer" / "tokenizer.model"
     max_bytes = 40_000 if arguments.smoke else arguments.max_bytes
     vocab_size = 512 if arguments.smoke else 2048
     short = ["training.train_steps=4", "schedule.lr_warmup_steps=1"] if arguments.smoke else []
@@ -196,11 +197,12 @@ def main() -> None:
     stages.run(
         "5-edit-corpus",
         "up_revise",
-        [],
-        lambda: preprocess(data / "edited", [corpus / "train.jsonl"], model_file, "--prior", out / "prior"),
+        [edited],
+        lambda: preprocess(edited / "edited", [corpus / "train.jsonl"], model_file, "--prior", out / "prior"),
     )
     for number, arm in enumerate(ARMS, start=6):
-        source = [f"data.train.0.name={arm}", f"data.train.0.prefix={data}/{arm}_text_document"]
+        folder = edited if arm == "edited" else data
+        source = [f"data.train.0.name={arm}", f"data.train.0.prefix={folder}/{arm}_text_document"]
         stages.run(
             f"{number}-train-on-{arm}",
             [(HERE / "model.yaml").read_text(), short],
@@ -215,9 +217,10 @@ def main() -> None:
         [out / "perplexity.json"],
         lambda: run_command(
             *(sys.executable, "tools/evaluate.py", "perplexity"),
-            *("--checkpoint", *(out / f"model-{arm}" for arm in ARMS), out / "prior"),
+            *("--checkpoint", *(out / f"model-{arm}" for arm in ARMS)),
             *("--data", *(f"{domain}={data}/heldout-{domain}_text_document" for domain in counts)),
             *("--output", out / "perplexity.json"),
+            threads=os.cpu_count() or 1,
         ),
     )
     print(write_report(out, ARMS, stages.seconds))

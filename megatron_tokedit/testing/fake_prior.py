@@ -71,7 +71,7 @@ class BigramScorer:
                 row = self.logprobs_VV[previous[position]]
                 positions.append(position)
                 rows.append(sorted(allowed, key=lambda token: (-row[token], token))[:width])
-        ids_EK = np.array(rows, np.int32).reshape(-1, width)
+        ids_EK = np.array(rows, np.int32).reshape(len(rows), width)
         before_E = np.array([previous[position] for position in positions], np.int64)
         return TokenScores(
             logprobs_T=np.array(logprobs, np.float32),

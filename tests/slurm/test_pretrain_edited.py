@@ -22,6 +22,7 @@ for ((node = 0; node < nodes; node++)); do SLURM_NODEID=$node "$@" || exit $?; d
 FAKE_SCONTROL = """#!/usr/bin/env bash
 case "$1 $2" in
     "show hostnames") for ((i = 0; i < SLURM_JOB_NUM_NODES; i++)); do echo "node$i"; done ;;
+    "show node") echo "NodeName=$3 Arch=x86_64 NodeAddr=addr-of-$3 NodeHostName=$3 Version=1" ;;
     *) echo "scontrol $*" >> "$FAKE_LOG.scontrol" ;;
 esac
 """
@@ -81,7 +82,7 @@ def test_prepares_then_trains_on_every_node(cluster: dict[str, str], nodes: int,
             f"--nnodes={nodes}",
             f"--node-rank={node}",
             f"--nproc-per-node={gpus or 1}",
-            "--master-addr=node0",
+            "--master-addr=addr-of-node0",
             f"--master-port={20000 + 4711}",
             "tools/train.py",
             "--config",
