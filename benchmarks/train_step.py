@@ -148,7 +148,7 @@ def hugging_face(args: argparse.Namespace, model: ModelConfig, ctx: ParallelCont
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=model.hidden_size,
-        intermediate_size=engine_model.ffn_size(model),
+        intermediate_size=model.ffn_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
         max_position_embeddings=args.seq_length,

@@ -57,7 +57,12 @@ def _add_corpus_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     group.add_argument("--tokenizer-model", required=True, metavar="PATH")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text id")
-    group.add_argument("--workers", type=int, metavar="N", help="processes (default: 1); changes no byte")
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: usable cores / --prior-threads; 1 with a prior on a GPU); changes no byte",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="default: 1234")
     group.add_argument("--log-interval", type=int, metavar="N", help="documents a log line (default: 1000)")
 

@@ -10,22 +10,41 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tokedit.config.raw_sources import preprocessing_of
 from megatron_tokedit.config.record import resolve, to_yaml
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.config.validate import num_microbatches
+from megatron_tokedit.dataset.sources import missing_sources
+from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.pipeline.plan import load_plan
+from megatron_tokedit.pipeline.workdir import WorkDir
 
 GIB = 1024**3
 
 
 def print_progress(config: RunConfig) -> int:
-    """Print the newest complete checkpoint's step on one line; returns the exit code."""
-    from megatron_tokedit.engine import checkpoint
+    """Print how far the run is on one line, without torch; returns the exit code.
 
-    latest = checkpoint.find_latest(Path(config.run_dir) / "checkpoints")
-    step = checkpoint.read_json(latest, checkpoint.STATE_FILE)["step"] if latest else 0
-    print(f"{config.run_dir}: step {step} of {config.training.train_steps}")
+    The newest complete checkpoint's step and, while sources have yet to be made, their finished work units.
+    """
+    latest = checkpoint_folder.find_latest(Path(config.run_dir) / "checkpoints")
+    step = checkpoint_folder.read_json(latest, checkpoint_folder.STATE_FILE)["step"] if latest else 0
+    parts = [f"{config.run_dir}: step {step} of {config.training.train_steps}", *_preparation(config)]
+    print("; ".join(parts))
     return 0
+
+
+def _preparation(config: RunConfig) -> Iterator[str]:
+    """``preparing NAME: 3 of 11 units`` for every source that has to be made first."""
+    for source in missing_sources(config):
+        workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
+        plan = load_plan(workdir.plan)
+        if plan is None:
+            yield f"preparing {source.name}: not begun"
+        else:
+            done = sum(workdir.unit_marker(unit.unit_id).exists() for unit in plan.units)
+            yield f"preparing {source.name}: {done} of {len(plan.units)} units"
 
 
 def print_report(config: RunConfig, world_size: int | None) -> int:
@@ -111,7 +130,7 @@ def _sizes(config: RunConfig, data_parallel: int, vocab_size: int | None) -> Ite
 
 def _data(config: RunConfig, spec: Mapping[str, Any] | None, problems: list[str]) -> Iterator[str]:
     """The table of sources, and what has to be made first."""
-    from megatron_tokedit.cli.train_sources import missing_sources, outdated_sources
+    from megatron_tokedit.cli.train_sources import outdated_sources
     from megatron_tokedit.corpus import expand_inputs
     from megatron_tokedit.dataset.sources import format_shares, inspect_sources, source_shares
 

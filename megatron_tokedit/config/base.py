@@ -1,7 +1,7 @@
 """The base of every configuration section.
 
-Invariant: sections are frozen, unknown keys are errors, and a number given as text is an error, so that
-what a run records is exactly what it was asked for.
+Invariant: sections are frozen, unknown keys are errors, and so are numbers given as text, infinities and
+NaN, so that what a run records is exactly what it was asked for.
 """
 
 from __future__ import annotations
@@ -18,4 +18,5 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
     )

@@ -107,7 +107,8 @@ def read_yaml(path: str | FilePath) -> tuple[dict[str, Any], dict[KeyPath, str],
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
-        tree = loader.construct_document(root) if root is not None else None
+        lines = list(_walk_lines(root)) if root is not None else []
+        tree = loader.construct_document(root) if root is not None else None  # writes merges (<<) into root
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     finally:
@@ -116,7 +117,7 @@ def read_yaml(path: str | FilePath) -> tuple[dict[str, Any], dict[KeyPath, str],
         raise ConfigError(f"{path}: expected a mapping of sections (model:, data:, ...), got {_shown(tree)}")
     places: dict[KeyPath, str] = {}
     faults: list[Fault] = []
-    for key_path, line in _walk_lines(root):
+    for key_path, line in lines:
         if key_path in places:
             faults.append(Fault(key_path, f"given twice, first on {places[key_path]}", f"line {line}"))
         places[key_path] = f"line {line}"

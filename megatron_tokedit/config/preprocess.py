@@ -36,8 +36,10 @@ class PreprocessConfig(Section):
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
     tokenizer_model: str
     append_eod: bool = False
-    workers: PositiveInt = 1
-    """Processes on this machine; changes no byte of the output."""
+    workers: PositiveInt | None = None
+    """Processes on this machine; changes no byte of the output. Default: the usable cores divided by
+    ``prior_threads``, at most one a work unit; one where the prior is on a GPU.
+    """
     seed: int = Field(1234, ge=0, lt=2**64)
     log_interval: PositiveInt = 1000
     """Documents between two log lines."""

@@ -19,7 +19,7 @@ class TokenizerConfig(Section):
 
     type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
     """Megatron-LM's name of the tokenizer type."""
-    model: str
+    model: str = Field(min_length=1)
     """A sentencepiece ``.model`` file, or a Hugging Face tokenizer folder."""
 
 
@@ -52,22 +52,49 @@ class ModelConfig(Section):
     """Real vocabulary; default: the tokenizer's. The engine pads it; padding is never scored."""
     make_vocab_size_divisible_by: PositiveInt = 128
 
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner size of the MLP."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.family == "gpt2":
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model takes."""
+        return self.max_position_embeddings or self.seq_length
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the output layer uses the embedding's weight."""
+        tied = self.share_embeddings_and_output_weights
+        return self.family == "gpt2" if tied is None else tied
+
     def resolved(self, vocab_size: int | None = None) -> ModelConfig:
         """This model with every default that depends on another field filled in.
 
         Args:
             vocab_size: the tokenizer's vocabulary size, for a model that names none.
         """
-        llama = self.family == "llama"
-        ffn_default = -(-8 * self.hidden_size // (3 * 64)) * 64 if llama else 4 * self.hidden_size
-        tied = self.share_embeddings_and_output_weights
         return self.model_copy(
             update={
-                "num_query_groups": self.num_query_groups or self.num_attention_heads,
-                "kv_channels": self.kv_channels or self.hidden_size // self.num_attention_heads,
-                "ffn_hidden_size": self.ffn_hidden_size or ffn_default,
-                "max_position_embeddings": self.max_position_embeddings or self.seq_length,
-                "share_embeddings_and_output_weights": not llama if tied is None else tied,
+                "num_query_groups": self.num_key_value_heads,
+                "kv_channels": self.head_size,
+                "ffn_hidden_size": self.ffn_size,
+                "max_position_embeddings": self.max_positions,
+                "share_embeddings_and_output_weights": self.ties_embeddings,
                 "vocab_size": self.vocab_size or vocab_size,
             }
         )
@@ -185,7 +212,7 @@ class RunConfig(Section):
     """A whole training run."""
 
     stage: Literal["pretrain"] = "pretrain"
-    run_dir: str
+    run_dir: str = Field(min_length=1)
     """Folder of checkpoints, logs and the resolved config."""
     seed: NonNegativeInt = 1234
     tokenizer: TokenizerConfig

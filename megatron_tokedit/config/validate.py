@@ -61,7 +61,7 @@ def num_microbatches(training: TrainingConfig, data_parallel_size: int) -> int:
 
 
 def _head_sizes(model: ModelConfig) -> Iterator[Fault]:
-    heads, groups = model.num_attention_heads, model.resolved().num_query_groups or 1
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
     if model.kv_channels is None and model.hidden_size % heads:
         yield Fault(
             ("model", "hidden_size"),
@@ -73,19 +73,28 @@ def _head_sizes(model: ModelConfig) -> Iterator[Fault]:
             ("model", "num_query_groups"),
             f"{groups} does not divide num_attention_heads = {heads}; {_divisors(heads)}",
         )
-    head_size = model.resolved().kv_channels or 0
-    if model.family == "llama" and head_size % 2:
+    if model.family == "llama" and model.head_size % 2:
         yield Fault(
-            ("model", "kv_channels"), f"a head of {head_size} channels is odd, rotary positions need pairs"
+            ("model", "kv_channels"),
+            f"a head of {model.head_size} channels is odd, rotary positions need pairs",
         )
 
 
 def _positions(model: ModelConfig) -> Iterator[Fault]:
-    limit = model.resolved().max_position_embeddings or 0
-    if model.family == "gpt2" and model.seq_length > limit:
+    if model.family == "gpt2" and model.seq_length > model.max_positions:
         yield Fault(
             ("model", "seq_length"),
-            f"{model.seq_length} tokens do not fit the {limit} learned positions of max_position_embeddings",
+            f"{model.seq_length} tokens do not fit the {model.max_positions} learned positions of "
+            f"max_position_embeddings",
+        )
+
+
+def _position_resets(model: ModelConfig, data: DataConfig) -> Iterator[Fault]:
+    if data.reset_position_ids and not data.reset_attention_mask and model.family == "llama":
+        yield Fault(
+            ("data", "reset_position_ids"),
+            "has no effect on rotary positions, which are relative; remove it, or separate the documents "
+            "with reset_attention_mask",
         )
 
 
@@ -221,6 +230,7 @@ def _divisors(value: int) -> str:
 _CHECKS: tuple[Callable[..., Iterator[Fault]], ...] = (
     _head_sizes,
     _positions,
+    _position_resets,
     _tensor_parallel,
     _pipeline_parallel,
     _world,

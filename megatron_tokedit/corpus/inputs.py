@@ -29,8 +29,8 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     literally, even if it holds ``*``, ``?`` or ``[``.
 
     Raises:
-        DataFormatError: a missing file, a glob without a match, a directory, an unsupported suffix, or a file
-            that is named twice. All faults are in one message.
+        DataFormatError: a missing file, a glob without a match, a directory, a pipe, an unsupported suffix,
+            or a file that is named twice. All faults are in one message.
     """
     paths: dict[str, str] = {}
     faults: list[str] = []
@@ -72,6 +72,8 @@ def classify(path: str) -> tuple[str, str]:
 def _fault(path: str) -> str | None:
     if Path(path).is_dir():
         return f"is a directory; name its files, for example '{path.rstrip('/')}/*.jsonl'"
+    if not Path(path).is_file():
+        return "is a pipe or a device; give a regular file, since it is read more than once"
     try:
         classify(path)
     except DataFormatError:

@@ -94,9 +94,10 @@ def _check_columns(path: str, schema: pyarrow.Schema, keys: Sequence[str]) -> No
     for key in keys:
         if key not in schema.names:
             raise DataFormatError(f"{path}: has no column {key!r}; its columns are {', '.join(schema.names)}")
-        kind = schema.field(key).type
-        item = kind.value_type if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) else kind
-        if not (pyarrow.types.is_string(item) or pyarrow.types.is_large_string(item)):
+        kind, types = schema.field(key).type, pyarrow.types
+        wraps = types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind)
+        item = kind.value_type if wraps else kind
+        if not (types.is_string(item) or types.is_large_string(item)):
             raise DataFormatError(
                 f"{path}: column {key!r} must hold strings or lists of strings, it holds {kind}"
             )

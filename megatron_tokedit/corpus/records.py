@@ -103,6 +103,8 @@ def _parse_json(record: bytes) -> Any:
         raise BadRecord(f"not valid JSON at column {error.colno}: {error.msg}") from error
     except RecursionError as error:
         raise BadRecord("not usable JSON: nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadRecord(f"not usable JSON: {error}") from error
 
 
 def _sequences(values: dict[str, Any], key: str) -> list[str]:

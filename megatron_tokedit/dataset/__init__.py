@@ -5,7 +5,7 @@ is on disk can be proved whole (:func:`verify_dataset`) and undone to the unedit
 (:func:`undo_dataset`).
 """
 
-from megatron_tokedit.dataset.atomic import AtomicFile, atomic_write_bytes, sha256_of_file
+from megatron_tokedit.dataset.atomic import AtomicFile, atomic_write_bytes, remove_temporaries, sha256_of_file
 from megatron_tokedit.dataset.format import best_dtype
 from megatron_tokedit.dataset.journal import (
     CHANGED,
@@ -49,6 +49,7 @@ __all__ = [
     "merge_datasets",
     "merge_journals",
     "read_manifest",
+    "remove_temporaries",
     "sha256_of_file",
     "undo_dataset",
     "undo_document",

@@ -6,6 +6,7 @@ crash leaves at most a ``*.tmp`` beside it. The temporary name is unique, so two
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
@@ -102,6 +103,12 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     with AtomicFile(path) as file:
         file.write(data)
         file.commit()
+
+
+def remove_temporaries(path: str | os.PathLike[str]) -> None:
+    """Remove what writers of ``path`` left that were killed. There must be no writer at work."""
+    for leftover in glob.glob(f"{glob.escape(os.fspath(path))}.*.tmp"):
+        Path(leftover).unlink(missing_ok=True)
 
 
 def sync_folder(path: str) -> None:

@@ -99,7 +99,7 @@ def microbatches(
         **options,
     )
     for batch in loader:
-        largest = int(batch["tokens"].max())
+        largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
         if largest >= vocab_size:
             raise DataFormatError(
                 f"a training sample holds token id {largest}, but the model's vocabulary has {vocab_size} "

@@ -176,8 +176,13 @@ class _IndexCache:
 
     def _build(self, folder: Path, make: Callable[[GPTDatasetConfig], object]) -> None:
         """Build in a private folder and rename it; a job that comes second uses the first one's."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        private = Path(tempfile.mkdtemp(prefix=".building-", dir=self.directory))
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            private = Path(tempfile.mkdtemp(prefix=".building-", dir=self.directory))
+        except OSError as error:
+            raise DataFormatError(
+                f"data.cache_dir: {self.directory} cannot be written: {error.strerror}"
+            ) from error
         try:
             make(dataclasses.replace(self.config, path_to_cache=str(private)))
             private.chmod(0o755)

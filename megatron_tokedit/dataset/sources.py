@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tokedit.config.sections import DataConfig, SourceConfig
+from megatron_tokedit.config.raw_sources import preprocessing_of
+from megatron_tokedit.config.sections import DataConfig, RunConfig, SourceConfig
 from megatron_tokedit.dataset.atomic import sha256_of_file
 from megatron_tokedit.dataset.manifest import Manifest, check_compatible, read_manifest
 from megatron_tokedit.dataset.reader import IndexedDataset
@@ -64,6 +65,16 @@ def all_sources(data: DataConfig) -> Iterator[tuple[str, SourceConfig]]:
 def dataset_exists(prefix: str) -> bool:
     """Whether ``prefix`` names a dataset (the ``.idx`` file appears last)."""
     return Path(f"{prefix}.idx").is_file() and Path(f"{prefix}.bin").is_file()
+
+
+def missing_sources(config: RunConfig) -> list[SourceConfig]:
+    """The sources with raw ``input`` whose dataset is not there, one a preprocessing job."""
+    found: dict[str, SourceConfig] = {}
+    for _, source in all_sources(config.data):
+        if source.input is not None and not dataset_exists(source.prefix):
+            job = preprocessing_of(source, config.tokenizer)
+            found.setdefault(job.output_prefix, source)
+    return list(found.values())
 
 
 def inspect_sources(

@@ -1,30 +1,36 @@
 """Distributed checkpoints: megatron-core's sharded format in a folder that is either whole or recognisably
-not.
+not (``checkpoint_folder`` has its layout).
 
-    RUN_DIR/checkpoints/step_00000100/   megatron-core's torch_dist files (model, optimizer, random states)
-                                         run_config.json, state.json
-                                         COMPLETE.json, written last: every file and its size
-    RUN_DIR/checkpoints/latest           name of the newest complete folder, replaced atomically
-
-Invariant: a folder counts only if its marker is there and every file it lists has its size; older
-checkpoints are removed only after the new one passed that test. Any (tensor, pipeline, data) layout loads
-what any other saved; the random states are restored only under the layout that saved them.
+Invariant: older checkpoints are removed only after the new one passed the test of completeness. Any (tensor,
+pipeline, data) layout loads what any other saved; the random states are restored only under the layout that
+saved them.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 import torch.distributed as dist
 
+from megatron_tokedit.engine.checkpoint_folder import (
+    LATEST,
+    MARKER,
+    PARTIAL_SUFFIX,
+    RUN_CONFIG_FILE,
+    STATE_FILE,
+    complete_steps,
+    is_complete,
+    read_json,
+    require,
+    step_folder,
+    write_json,
+)
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.model import unwrap
 from megatron_tokedit.engine.optimizer import load_optimizer
@@ -33,95 +39,7 @@ from megatron_tokedit.log import get_logger
 
 logger = get_logger(__name__)
 
-MARKER = "COMPLETE.json"
-STATE_FILE = "state.json"
-RUN_CONFIG_FILE = "run_config.json"
-LATEST = "latest"
-PARTIAL_SUFFIX = ".partial"
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-def step_folder(checkpoints_dir: str | Path, step: int) -> Path:
-    """Folder of the checkpoint of ``step``."""
-    return Path(checkpoints_dir) / f"step_{step:08d}"
-
-
-def is_complete(folder: str | Path) -> bool:
-    """Whether the folder is a whole checkpoint: its marker, and every listed file at its size."""
-    folder = Path(folder)
-    try:
-        files = orjson.loads((folder / MARKER).read_bytes())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, orjson.JSONDecodeError, KeyError):
-        return False
-
-
-def _complete_steps(checkpoints_dir: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints by rising step."""
-    if not checkpoints_dir.is_dir():
-        return []
-    matches = ((_STEP_FOLDER.fullmatch(entry.name), entry) for entry in checkpoints_dir.iterdir())
-    found = [(int(match.group(1)), entry) for match, entry in matches if match and is_complete(entry)]
-    return sorted(found)
-
-
-def find_latest(path: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run.
-
-    Args:
-        path: a step folder, a run folder, or a run's ``checkpoints`` folder.
-
-    Returns:
-        The step folder, or None where there is no complete one.
-    """
-    path = Path(path)
-    if is_complete(path):
-        return path
-    for checkpoints_dir in (path / "checkpoints", path):
-        if steps := _complete_steps(checkpoints_dir):
-            return steps[-1][1]
-    return None
-
-
-def require(path: str | Path) -> Path:
-    """As :func:`find_latest`.
-
-    Raises:
-        CheckpointError: nothing complete is there.
-    """
-    found = find_latest(path)
-    if found is None:
-        what = "has no complete checkpoint" if Path(path).exists() else "does not exist"
-        raise CheckpointError(
-            f"{path}: {what}; give a run folder, its 'checkpoints' folder or a step_* folder "
-            f"that holds {MARKER}"
-        )
-    return found
-
-
-def read_json(folder: str | Path, name: str) -> dict[str, Any]:
-    """Read ``state.json`` or ``run_config.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    path = Path(folder) / name
-    try:
-        content = orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from error
-    return dict(content)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically: a reader sees the old content or the new one."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with open(partial, "wb") as file:
-        file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _layout(ctx: ParallelContext) -> dict[str, int]:
@@ -200,6 +118,9 @@ def save(
         run_config: the resolved configuration (JSON-able), with the section ``model``.
         ctx: the layout.
         keep_last: afterwards keep only the newest so many complete checkpoints (0: all).
+
+    Raises:
+        CheckpointError: on every rank, if a rank could not write.
     """
     from megatron.core import dist_checkpointing
 
@@ -214,7 +135,14 @@ def save(
     ctx.barrier()
     sharded = _sharded_state(model, optimizer, scheduler, is_loading=False)
     sharded["random_states"] = _random_state_object(ctx, _random_states())
-    dist_checkpointing.save(sharded, str(partial), sharded_strategy=InProcessSave())
+    try:
+        dist_checkpointing.save(sharded, str(partial), sharded_strategy=InProcessSave())
+    except dist.checkpoint.api.CheckpointException as error:  # on every rank, whichever failed
+        reasons = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
+        raise CheckpointError(
+            f"{partial}: cannot be written ({reasons[:300]}); is the disk full? "
+            f"Older checkpoints are untouched"
+        ) from error
     if ctx.rank == 0:
         _finish(partial, folder, {**state, "layout": _layout(ctx)}, run_config, keep_last)
     ctx.barrier()
@@ -225,10 +153,10 @@ def _finish(
     partial: Path, folder: Path, state: dict[str, Any], run_config: dict[str, Any], keep_last: int
 ) -> None:
     """On rank 0, after all shards: the JSON files, the marker, ``latest``, and only then the pruning."""
-    _write_json(partial / STATE_FILE, state)
-    _write_json(partial / RUN_CONFIG_FILE, run_config)
+    write_json(partial / STATE_FILE, state)
+    write_json(partial / RUN_CONFIG_FILE, run_config)
     files = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
-    _write_json(partial / MARKER, {"files": files})
+    write_json(partial / MARKER, {"files": files})
     if not is_complete(partial):
         raise CheckpointError(f"{partial}: written, but not readable as a whole; is the disk full?")
     if folder.exists():
@@ -239,7 +167,7 @@ def _finish(
     os.replace(latest, folder.parent / LATEST)
     logger.info("checkpoint %s (%.1f MB)", folder, sum(files.values()) / 1e6)
     if keep_last:
-        for _, old in _complete_steps(folder.parent)[:-keep_last]:
+        for _, old in complete_steps(folder.parent)[:-keep_last]:
             _remove(old)
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_tokedit.engine import checkpoint
+from megatron_tokedit.engine import checkpoint, checkpoint_folder
 from megatron_tokedit.engine.initialize import ParallelContext, current_context, initialize
-from megatron_tokedit.engine.model import build_model, max_positions, unwrap
+from megatron_tokedit.engine.model import build_model, unwrap
 from megatron_tokedit.errors import CheckpointError
 
 
@@ -51,7 +51,7 @@ class LanguageModel:
         )
         self.model_config = model_config
         self.vocab_size = vocab_size
-        self.max_context_tokens = max_positions(model_config)
+        self.max_context_tokens = model_config.max_positions
         self.device = device
         self.tokenizer_spec = tokenizer_spec
         self.checkpoint = checkpoint_folder
@@ -139,12 +139,12 @@ def load_language_model(
         CheckpointError: no complete checkpoint, or one that does not record its model.
         ConfigError: a device that is not there.
     """
-    folder = checkpoint.require(path)
-    run_config = checkpoint.read_json(folder, checkpoint.RUN_CONFIG_FILE)
-    state = checkpoint.read_json(folder, checkpoint.STATE_FILE)
+    folder = checkpoint_folder.require(path)
+    run_config = checkpoint_folder.read_json(folder, checkpoint_folder.RUN_CONFIG_FILE)
+    state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
     for name, content, key in (
-        (checkpoint.RUN_CONFIG_FILE, run_config, "model"),
-        (checkpoint.STATE_FILE, state, "vocab_size"),
+        (checkpoint_folder.RUN_CONFIG_FILE, run_config, "model"),
+        (checkpoint_folder.STATE_FILE, state, "vocab_size"),
     ):
         if key not in content:
             raise CheckpointError(

@@ -53,7 +53,7 @@ class ParallelContext:
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def destroy(self) -> None:
         """Tear down megatron-core's groups, and the process group if it was made here. Collective."""
@@ -157,6 +157,9 @@ def initialize(
         ConfigError: sizes that do not divide the world size, a device that is not there, or a broken optional
             package.
     """
+    if parallel.tensor_model_parallel_size > 1:
+        # megatron-core counts on kernels running in launch order, to overlap a collective with a product
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     preflight.check()
     device_type, reason = preflight.resolve_device(device)
     world_size = 1 if standalone else int(os.environ.get("WORLD_SIZE", "1"))

@@ -14,48 +14,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_tokedit.config.faults import raise_faults
 from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_tokedit.config.validate import cross_section_faults
 from megatron_tokedit.engine import precision as precision_recipes
 from megatron_tokedit.engine import preflight
 from megatron_tokedit.engine.initialize import ParallelContext
-from megatron_tokedit.errors import ConfigError
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh approximation, as GPT-2 has it."""
     return F.gelu(x, approximate="tanh")
-
-
-def head_size(model: ModelConfig) -> int:
-    """Size of one attention head.
-
-    Raises:
-        ConfigError: ``hidden_size`` does not divide into heads and ``kv_channels`` is not given.
-    """
-    if model.kv_channels is not None:
-        return model.kv_channels
-    if model.hidden_size % model.num_attention_heads:
-        raise ConfigError(
-            f"model: hidden_size={model.hidden_size} is not a multiple of num_attention_heads="
-            f"{model.num_attention_heads}; change one of them or set kv_channels"
-        )
-    return model.hidden_size // model.num_attention_heads
-
-
-def ffn_size(model: ModelConfig) -> int:
-    """Inner size of the MLP; default 4 h for ``gpt2``, 8/3 h rounded up to a multiple of 64 for ``llama``."""
-    if model.ffn_hidden_size is not None:
-        return model.ffn_hidden_size
-    if model.family == "gpt2":
-        return 4 * model.hidden_size
-    return math.ceil(8 * model.hidden_size / 3 / 64) * 64
-
-
-def ties_embeddings(model: ModelConfig) -> bool:
-    """Whether the output layer uses the embedding's weight."""
-    if model.share_embeddings_and_output_weights is not None:
-        return model.share_embeddings_and_output_weights
-    return model.family == "gpt2"
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tp_size: int) -> int:
@@ -74,23 +43,17 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
         model: the model.
         vocab_size: real vocabulary.
     """
-    h, f = model.hidden_size, ffn_size(model)
-    d, n = head_size(model), model.num_attention_heads
-    g = model.num_query_groups or n
+    h, f = model.hidden_size, model.ffn_size
+    d, n, g = model.head_size, model.num_attention_heads, model.num_key_value_heads
     biased = model.family == "gpt2"
     attention = h * d * (n + 2 * g) + n * d * h
     mlp = h * f * (2 if biased else 3)
     biases = d * (n + 2 * g) + h + f + h if biased else 0
     norms_per_norm = 2 * h if biased else h
     layer = attention + mlp + biases + 2 * norms_per_norm
-    embeddings = vocab_size * h * (1 if ties_embeddings(model) else 2)
-    positions = max_positions(model) * h if biased else 0
+    embeddings = vocab_size * h * (1 if model.ties_embeddings else 2)
+    positions = model.max_positions * h if biased else 0
     return model.num_layers * layer + norms_per_norm + embeddings + positions
-
-
-def max_positions(model: ModelConfig) -> int:
-    """Longest sequence the model takes."""
-    return model.max_position_embeddings or model.seq_length
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int | None = None) -> float:
@@ -101,9 +64,8 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int | None 
     look-up are left out.
     """
     s = seq_length or model.seq_length
-    h, f = model.hidden_size, ffn_size(model)
-    d, n = head_size(model), model.num_attention_heads
-    g = model.num_query_groups or n
+    h, f = model.hidden_size, model.ffn_size
+    d, n, g = model.head_size, model.num_attention_heads, model.num_key_value_heads
     projections = 2 * h * d * (n + 2 * g) + 2 * n * d * h
     scores = 2 * 2 * n * d * (s + 1) / 2
     mlp = 2 * h * f * (2 if model.family == "gpt2" else 3)
@@ -121,24 +83,6 @@ def _family_fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _check_shards(model: ModelConfig, parallel: ParallelConfig) -> None:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    groups = model.num_query_groups or model.num_attention_heads
-    faults = [
-        f"model.{name}={size} is not a multiple of {by}={divisor}"
-        for name, size, by, divisor in (
-            ("num_attention_heads", model.num_attention_heads, "parallel.tensor_model_parallel_size", tp),
-            ("num_query_groups", groups, "parallel.tensor_model_parallel_size", tp),
-            ("ffn_hidden_size", ffn_size(model), "parallel.tensor_model_parallel_size", tp),
-            ("num_layers", model.num_layers, "parallel.pipeline_model_parallel_size", pp),
-            ("num_attention_heads", model.num_attention_heads, "model.num_query_groups", groups),
-        )
-        if size % divisor
-    ]
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
 def transformer_config(
     model: ModelConfig,
     precision: PrecisionConfig,
@@ -152,7 +96,7 @@ def transformer_config(
     Raises:
         ConfigError: sizes that do not divide among the ranks.
     """
-    _check_shards(model, parallel)
+    raise_faults(cross_section_faults({"model": model, "parallel": parallel}), "model and layout")
 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -162,9 +106,9 @@ def transformer_config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=head_size(model),
-        ffn_hidden_size=ffn_size(model),
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_size,
+        ffn_hidden_size=model.ffn_size,
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_method_std,
         hidden_dropout=model.hidden_dropout,
@@ -185,12 +129,23 @@ def transformer_config(
     )
 
 
-def layer_spec(config: Any, device: torch.device) -> Any:
-    """Transformer Engine's layer spec on a CUDA device that has it, else the local one with our attention."""
+def layer_spec(config: Any, device: torch.device, *, documents_masked: bool = False) -> Any:
+    """Transformer Engine's layer spec on a CUDA device that has it, else the local one with our attention.
+
+    Args:
+        config: megatron-core's ``TransformerConfig``.
+        device: of this rank.
+        documents_masked: batches bring an ``attention_mask``. Transformer Engine ignores it under the spec's
+            own mask type, ``causal``; our attention takes one whenever it is there.
+    """
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.enums import AttnMaskType
 
     if device.type == "cuda" and preflight.probe().transformer_engine is not None:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+        if documents_masked:
+            spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
+        return spec
 
     from megatron_tokedit.engine.attention import LocalNorm, SdpaCoreAttention
 
@@ -201,7 +156,7 @@ def layer_spec(config: Any, device: torch.device) -> Any:
     return spec
 
 
-def _block_spec(config: Any, device: torch.device) -> Any:
+def _block_spec(config: Any, device: torch.device, documents_masked: bool) -> Any:
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
@@ -209,7 +164,7 @@ def _block_spec(config: Any, device: torch.device) -> Any:
 
     from megatron_tokedit.engine.attention import LocalNorm
 
-    spec = layer_spec(config, device)
+    spec = layer_spec(config, device, documents_masked=documents_masked)
     if device.type == "cuda" and preflight.probe().transformer_engine is not None:
         return spec
     return TransformerBlockSubmodules(
@@ -217,18 +172,20 @@ def _block_spec(config: Any, device: torch.device) -> Any:
     )
 
 
-def _gpt_model(model: ModelConfig, config: Any, ctx: ParallelContext, vocab_size: int) -> Any:
+def _gpt_model(
+    model: ModelConfig, config: Any, ctx: ParallelContext, vocab_size: int, documents_masked: bool
+) -> Any:
     from megatron_tokedit.engine.gpt import VocabMaskedGPTModel
 
     return VocabMaskedGPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, ctx.device),
+        transformer_layer_spec=_block_spec(config, ctx.device, documents_masked),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, ctx.tp_size),
         real_vocab_size=vocab_size,
-        max_sequence_length=max_positions(model),
+        max_sequence_length=model.max_positions,
         pre_process=ctx.is_first_stage,
         post_process=ctx.is_last_stage,
-        share_embeddings_and_output_weights=ties_embeddings(model),
+        share_embeddings_and_output_weights=model.ties_embeddings,
         position_embedding_type="learned_absolute" if model.family == "gpt2" else "rope",
         rotary_base=model.rotary_base,
     )
@@ -243,6 +200,7 @@ def build_model(
     parallel: ParallelConfig,
     wrap_with_ddp: bool,
     perform_initialization: bool = True,
+    documents_masked: bool = False,
 ) -> list[Any]:
     """Build this rank's part of the model.
 
@@ -256,6 +214,7 @@ def build_model(
         parallel: the layout ``ctx`` was made from.
         wrap_with_ddp: wrap in megatron-core's ``DistributedDataParallel`` (needed to train).
         perform_initialization: False where a checkpoint overwrites all weights anyway.
+        documents_masked: batches bring an ``attention_mask`` (``data.reset_attention_mask``).
 
     Returns:
         A list of one module (interleaved pipeline stages will make it longer).
@@ -266,7 +225,7 @@ def build_model(
     config = transformer_config(
         model, precision, parallel, ctx.device, perform_initialization=perform_initialization
     )
-    module = _gpt_model(model, config, ctx, vocab_size).to(ctx.device)
+    module = _gpt_model(model, config, ctx, vocab_size, documents_masked).to(ctx.device)
     if config.bf16:
         from megatron.core.transformer.module import Float16Module
 

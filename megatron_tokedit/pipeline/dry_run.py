@@ -21,6 +21,7 @@ from megatron_tokedit.pipeline.merge import is_complete, output_files
 from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changes
 from megatron_tokedit.pipeline.resources import PriorPlan, find_prior
 from megatron_tokedit.pipeline.workdir import WorkDir
+from megatron_tokedit.pipeline.workers import count_workers
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 Value = TypeVar("Value")
@@ -70,7 +71,7 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
     report.attempt(lambda: _check_output(config, workdir))
     if plan is not None and recorded is not None and not report.problems:
         report.attempt(lambda: refuse_changes(recorded, plan, workdir.plan))
-        report.lines.append(_state(plan, workdir))
+        report.lines.append(_state(config, plan, workdir))
     elif not restart and recorded is None:
         report.attempt(lambda: refuse_overwriting(config, workdir))
     return report
@@ -94,9 +95,10 @@ def _describe(
             counts = f"{file.num_documents} documents, {file.num_bytes} bytes"
             lines.append(f"input       {file.path}: {counts}, {file.format}")
         text_bytes = sum(unit.num_bytes for unit in plan.units)
+        workers = count_workers(config, prior, len(plan.units))
         lines.append(
             f"work        {len(plan.units)} units, {plan.num_documents} documents, {text_bytes} bytes of "
-            f"input, {config.workers} workers"
+            f"input, {workers} worker{'s' if workers > 1 else ''}"
         )
     lines += [f"output      {path}" for path in output_files(config, WorkDir(config.output_prefix))]
     return lines
@@ -122,9 +124,9 @@ def _check_output(config: PreprocessConfig, workdir: WorkDir) -> None:
         )
 
 
-def _state(plan: Plan, workdir: WorkDir) -> str:
+def _state(config: PreprocessConfig, plan: Plan, workdir: WorkDir) -> str:
     """How far the recorded job is."""
-    if is_complete(workdir, plan):
+    if is_complete(config, workdir, plan):
         return "state       already complete; a run would do nothing"
     done = sum(workdir.unit_marker(unit.unit_id).exists() for unit in plan.units)
     return f"state       {done} of {len(plan.units)} units are done"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,13 +21,13 @@ from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.errors import ConfigError, PlanError
 from megatron_tokedit.log import get_logger
-from megatron_tokedit.pipeline.merge import Totals, is_complete, merge
-from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changes
+from megatron_tokedit.pipeline.merge import Totals, clean_up, is_complete, merge
+from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changed_files, refuse_changes
 from megatron_tokedit.pipeline.progress import LogProgress, Progress
 from megatron_tokedit.pipeline.resources import PriorPlan, find_prior
-from megatron_tokedit.pipeline.unit import UnitResult, check_bad_lines
+from megatron_tokedit.pipeline.unit import UnitResult, check_bad_lines, check_devices
 from megatron_tokedit.pipeline.workdir import WorkDir
-from megatron_tokedit.pipeline.workers import DeadWorker, run_in_process, run_in_workers
+from megatron_tokedit.pipeline.workers import DeadWorker, count_workers, run_in_process, run_in_workers
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 logger = get_logger(__name__)
@@ -77,36 +78,48 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core; --workers says how many
     workdir = WorkDir(config.output_prefix)
     tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    prior = find_prior(config, tokenizer)
+    prior = find_prior(config, tokenizer, only_merges=stage == "merge")
     prefixes = {key: workdir.output(key) for key in config.json_keys}
-    if restart:
-        _discard(workdir, world_size)
-    plan = _establish_plan(config, tokenizer, prior, workdir, overwrite=restart)
-    if is_complete(workdir, plan):
-        shutil.rmtree(workdir.units, ignore_errors=True)
-        logger.info("already complete: %s", ", ".join(prefixes.values()))
-        return Result("already complete", prefixes)
-    if stage != "merge":
-        units = plan.share(rank, world_size)
-        _do_units(config, prior, workdir, units, isolate, progress or LogProgress(config.log_interval))
-    if stage == "edit" or not _may_merge(plan, workdir, waits_for_others=world_size > 1 and stage == "all"):
-        return Result("edited", prefixes)
-    with workdir.lock():
-        if is_complete(workdir, plan):
-            return Result("already complete", prefixes)
-        totals = merge(config, tokenizer, prior, plan, workdir)
-    _report(totals, prefixes)
-    return Result("merged", prefixes, totals)
-
-
-def _discard(workdir: WorkDir, world_size: int) -> None:
-    """Remove what earlier runs left."""
-    if world_size > 1:
+    if restart and world_size > 1:
         raise ConfigError(
             f"--restart: with several processes each would discard the others' work; remove {workdir.root} "
             "and run without --restart"
         )
-    shutil.rmtree(workdir.root, ignore_errors=True)
+    job = _Job(config, tokenizer, prior, workdir, _establish_plan(config, tokenizer, prior, workdir, restart))
+    with workdir.lock("units", shared=True):  # so that nobody merges, and removes the units, meanwhile
+        if is_complete(config, workdir, job.plan):
+            shutil.rmtree(workdir.units, ignore_errors=True)
+            logger.info("already complete: %s", ", ".join(prefixes.values()))
+            return Result("already complete", prefixes)
+        if stage != "merge":
+            share = job.plan.share(rank, world_size)
+            _do_units(job, share, isolate, progress or LogProgress(config.log_interval))
+            refuse_changed_files(job.plan)
+    if stage == "edit" or not _may_merge(job, waits_for_others=world_size > 1 and stage == "all"):
+        return Result("edited", prefixes)
+    with workdir.lock("units") as alone:
+        if is_complete(config, workdir, job.plan):
+            return Result("already complete", prefixes)
+        if alone:
+            clean_up(config, workdir)
+        totals = merge(config, tokenizer, prior, job.plan, workdir)
+    _report(totals, prefixes)
+    return Result("merged", prefixes, totals)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job with everything that was found for it."""
+
+    config: PreprocessConfig
+    tokenizer: Tokenizer
+    prior: PriorPlan | None
+    workdir: WorkDir
+    plan: Plan
+
+    def is_done(self, unit: WorkUnit) -> bool:
+        """Whether a unit has its marker."""
+        return self.workdir.unit_marker(unit.unit_id).exists()
 
 
 def _establish_plan(
@@ -114,21 +127,30 @@ def _establish_plan(
     tokenizer: Tokenizer,
     prior: PriorPlan | None,
     workdir: WorkDir,
-    *,
-    overwrite: bool,
+    restart: bool,
 ) -> Plan:
     """The recorded plan if it is the one asked for, else a new one, recorded before any work is done."""
     workdir.make()
-    with workdir.lock():
-        recorded = load_plan(workdir.plan)
+    with workdir.lock("plan"):
+        recorded = None if restart else load_plan(workdir.plan)
         plan = make_plan(config, tokenizer, prior, recorded)
         if recorded is not None:
             refuse_changes(recorded, plan, workdir.plan)
             return plan
-        if not overwrite:
+        if restart:
+            _discard(workdir)
+        else:
             refuse_overwriting(config, workdir)
         plan.save(workdir.plan)
         return plan
+
+
+def _discard(workdir: WorkDir) -> None:
+    """Remove what earlier runs recorded and did, when there is a new plan to take its place."""
+    with workdir.lock("units"):
+        for path in (workdir.plan, workdir.complete):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(workdir.units, ignore_errors=True)
 
 
 def refuse_overwriting(config: PreprocessConfig, workdir: WorkDir) -> None:
@@ -147,39 +169,36 @@ def refuse_overwriting(config: PreprocessConfig, workdir: WorkDir) -> None:
                 )
 
 
-def _do_units(
-    config: PreprocessConfig,
-    prior: PriorPlan | None,
-    workdir: WorkDir,
-    share: Sequence[WorkUnit],
-    isolate: bool,
-    progress: Progress,
-) -> None:
+def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Progress) -> None:
     """Do the units of this process's share that are not done yet."""
-    finished = [unit for unit in share if workdir.unit_marker(unit.unit_id).exists()]
+    finished = [unit for unit in share if job.is_done(unit)]
     finished_ids = {unit.unit_id for unit in finished}
     pending = [unit for unit in share if unit.unit_id not in finished_ids]
     if not pending:
         return
-    logger.info("%d work units to do, %d done before", len(pending), len(finished))
+    config, prior = job.config, job.prior
+    workers = count_workers(config, prior, len(pending))
+    logger.info("%d work units to do, %d done before; workers: %d", len(pending), len(finished), workers)
     bad_lines, examples = 0, list[str]()
     for unit in finished:
-        result = UnitResult.load(workdir.unit_marker(unit.unit_id))
+        result = UnitResult.load(job.workdir.unit_marker(unit.unit_id))
+        check_devices((result.device, prior.device if prior else None))
         bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
     dead: list[DeadWorker] = []
-    results: Iterator[UnitResult]
-    if isolate or (config.workers > 1 and len(pending) > 1):
-        results = run_in_workers(config, prior, pending, progress, dead)
+    results: Generator[UnitResult, None, None]
+    if isolate or workers > 1:
+        results = run_in_workers(config, prior, pending, workers, progress, dead)
     else:
-        results = run_in_process(config, prior, pending, progress)
+        results = run_in_process(config, job.tokenizer, prior, pending, progress)
     progress.start(_documents(share), _documents(finished))
     try:
-        for result in results:
-            bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
-            check_bad_lines(bad_lines, examples, config.max_bad_lines)
+        with closing(results):  # ends the workers at once, whatever goes wrong here
+            for result in results:
+                bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
+                check_bad_lines(bad_lines, examples, config.max_bad_lines)
     finally:
         progress.close()
-    undone = [unit for unit in pending if not workdir.unit_marker(unit.unit_id).exists()]
+    undone = [unit for unit in pending if not job.is_done(unit)]
     for worker in dead:
         logger.warning("%s", worker)
     if undone:
@@ -192,21 +211,21 @@ def _documents(units: Sequence[WorkUnit]) -> int:
     return sum(unit.num_documents for unit in units)
 
 
-def _may_merge(plan: Plan, workdir: WorkDir, *, waits_for_others: bool) -> bool:
+def _may_merge(job: _Job, *, waits_for_others: bool) -> bool:
     """Whether all units are done; if not, whether that is in order.
 
     Raises:
         PlanError: units are missing and nobody is going to do them.
     """
-    missing = [unit.unit_id for unit in plan.units if not workdir.unit_marker(unit.unit_id).exists()]
-    if not missing or workdir.complete.exists():
+    missing = [unit.unit_id for unit in job.plan.units if not job.is_done(unit)]
+    if not missing or is_complete(job.config, job.workdir, job.plan):
         return True
     if waits_for_others:
         logger.info("%d work units of other processes are not done yet; the last one merges", len(missing))
         return False
     shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
     raise PlanError(
-        f"cannot merge: {len(missing)} of {len(plan.units)} work units are not done (units {shown}); "
+        f"cannot merge: {len(missing)} of {len(job.plan.units)} work units are not done (units {shown}); "
         "run the job's edit stage for all ranks first"
     )
 

@@ -27,6 +27,7 @@ from megatron_tokedit.dataset import (
     best_dtype,
     merge_datasets,
     merge_journals,
+    remove_temporaries,
     write_manifest,
 )
 from megatron_tokedit.edit.statistics import MARGIN, EditStatistics
@@ -34,7 +35,14 @@ from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.pipeline.plan import Plan
 from megatron_tokedit.pipeline.resources import PriorPlan
-from megatron_tokedit.pipeline.unit import MAX_EXAMPLES, STEPS, KeyCounts, UnitResult, check_bad_lines
+from megatron_tokedit.pipeline.unit import (
+    MAX_EXAMPLES,
+    STEPS,
+    KeyCounts,
+    UnitResult,
+    check_bad_lines,
+    check_devices,
+)
 from megatron_tokedit.pipeline.workdir import OUTPUT_SUFFIXES, WorkDir
 from megatron_tokedit.tokenizers import Tokenizer, tokenizer_spec
 
@@ -52,6 +60,7 @@ class Totals:
         bytes_in: UTF-8 bytes of the documents' text.
         bad_lines: lines that were no documents.
         bad_examples: the first of them.
+        devices: where the prior ran.
         keys: JSON key -> what was written.
         seconds: step -> time spent, summed over workers.
     """
@@ -60,6 +69,7 @@ class Totals:
     bytes_in: int = 0
     bad_lines: int = 0
     bad_examples: list[str] = field(default_factory=list)
+    devices: set[str | None] = field(default_factory=set)
     keys: dict[str, KeyCounts] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
 
@@ -68,6 +78,7 @@ class Totals:
         self.documents_in += result.documents_in
         self.bytes_in += result.bytes_in
         self.bad_lines += result.bad_lines
+        self.devices.add(result.device)
         self.bad_examples += result.bad_examples[: MAX_EXAMPLES - len(self.bad_examples)]
         for key, counts in result.keys.items():
             self.keys.setdefault(key, KeyCounts()).merge(counts)
@@ -82,33 +93,44 @@ def merge(
 
     Raises:
         DataFormatError: too many bad lines over all units, no document at all, or a damaged part.
+        PlanError: the prior ran on several kinds of device.
     """
     totals = Totals()
     for unit in plan.units:
         totals.add(UnitResult.load(workdir.unit_marker(unit.unit_id)))
     check_bad_lines(totals.bad_lines, totals.bad_examples, config.max_bad_lines)
+    check_devices(totals.devices)
     if totals.documents_in == totals.bad_lines:
         raise DataFormatError(f"no document in {totals.documents_in} lines of the input; nothing is written")
     for key in config.json_keys:
         _merge_key(config, tokenizer, prior, plan, workdir, key, totals)
-    sizes = {path: os.path.getsize(path) for path in output_files(config, workdir)}
-    complete = {"fingerprint": plan.fingerprint, "outputs": sizes}
+    complete = {"fingerprint": plan.fingerprint, "outputs": _output_sizes(config, workdir)}
     atomic_write_bytes(workdir.complete, orjson.dumps(complete, option=orjson.OPT_INDENT_2))
     shutil.rmtree(workdir.units, ignore_errors=True)
     return totals
 
 
-def is_complete(workdir: WorkDir, plan: Plan) -> bool:
-    """Whether the outputs of this very plan are there, whole."""
+def is_complete(config: PreprocessConfig, workdir: WorkDir, plan: Plan) -> bool:
+    """Whether the outputs of this very plan are there, whole; also where the folder was moved."""
     try:
         complete = orjson.loads(workdir.complete.read_bytes())
-        sizes = complete["outputs"].items()
         return bool(
             complete["fingerprint"] == plan.fingerprint
-            and all(os.path.getsize(path) == size for path, size in sizes)
+            and complete["outputs"] == _output_sizes(config, workdir)
         )
     except (OSError, ValueError, KeyError):
         return False
+
+
+def clean_up(config: PreprocessConfig, workdir: WorkDir) -> None:
+    """Remove what a merge left that was killed. Only for the holder of the units' lock."""
+    for path in (*output_files(config, workdir), str(workdir.complete)):
+        remove_temporaries(path)
+
+
+def _output_sizes(config: PreprocessConfig, workdir: WorkDir) -> dict[str, int]:
+    """Name of each output, without its folder -> bytes."""
+    return {os.path.basename(path): os.path.getsize(path) for path in output_files(config, workdir)}
 
 
 def output_files(config: PreprocessConfig, workdir: WorkDir) -> Iterator[str]:
@@ -157,11 +179,17 @@ def _merge_key(
         dtype=str(np.dtype(best_dtype(tokenizer.vocab_size))),
         seed=config.seed if prior else None,
         edit=plan.settings["edit"] if prior else None,
-        prior={"path": prior.identity.path, **prior.settings()} if prior else None,
+        prior=_prior_record(prior, totals) if prior else None,
         counts=_counts(totals, key),
         checksums=checksums,
     )
     write_manifest(output, manifest)
+
+
+def _prior_record(prior: PriorPlan, totals: Totals) -> dict[str, Any]:
+    """The manifest's prior."""
+    (device,) = totals.devices
+    return {"path": prior.identity.path, "device": device, **prior.settings()}
 
 
 def _counts(totals: Totals, key: str) -> dict[str, int]:

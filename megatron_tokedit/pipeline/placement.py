@@ -1,10 +1,11 @@
-"""Which share of a job this process takes, as its launcher says it.
+"""Which share of a job, and of this machine's cores, this process takes, as its launcher says it.
 
 Invariant: rank and world size come from one source, never half from one and half from another.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from megatron_tokedit.errors import ConfigError
@@ -33,19 +34,35 @@ def placement(
     return rank, world_size
 
 
+def usable_cores(environment: Mapping[str, str]) -> int:
+    """Cores for this process: those it is allowed, divided among torchrun's processes on this node.
+
+    Args:
+        environment: of the process.
+
+    Raises:
+        ConfigError: ``LOCAL_WORLD_SIZE`` is not a number.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // max(1, _number(environment, "LOCAL_WORLD_SIZE", "1")))
+
+
 def _from_launcher(environment: Mapping[str, str]) -> tuple[int, int]:
     """What torchrun or a Slurm array says."""
-
-    def number(name: str, default: str | None = None) -> int:
-        value = environment.get(name, default)
-        if value is None or not value.lstrip("-").isdecimal():
-            raise ConfigError(f"environment variable {name}={value!r}: expected a whole number")
-        return int(value)
-
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return number("RANK"), number("WORLD_SIZE")
+        return _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if "SLURM_ARRAY_TASK_ID" in environment:
-        step = number("SLURM_ARRAY_TASK_STEP", "1")
-        first = number("SLURM_ARRAY_TASK_MIN", "0")
-        return (number("SLURM_ARRAY_TASK_ID") - first) // step, number("SLURM_ARRAY_TASK_COUNT")
+        step = _number(environment, "SLURM_ARRAY_TASK_STEP", "1")
+        index = _number(environment, "SLURM_ARRAY_TASK_ID") - _number(
+            environment, "SLURM_ARRAY_TASK_MIN", "0"
+        )
+        return index // step, _number(environment, "SLURM_ARRAY_TASK_COUNT")
     return 0, 1
+
+
+def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """A launcher's variable as an integer."""
+    value = environment.get(name, default)
+    if value is None or not value.lstrip("-").isdecimal():
+        raise ConfigError(f"environment variable {name}={value!r}: expected a whole number")
+    return int(value)

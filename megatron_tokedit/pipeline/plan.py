@@ -50,11 +50,14 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that can change a byte of the output."""
+        """SHA-256 (hex) of everything that can change a byte of the output.
+
+        Not of the input files' paths: a job goes on after its input was moved, or named from another folder.
+        """
         identity = {
             "settings": self.settings,
-            "inputs": [file.to_json() for file in self.inputs],
-            "units": [unit.to_json() for unit in self.units],
+            "inputs": [_without_path(file) for file in self.inputs],
+            "units": [_without_path(unit) for unit in self.units],
         }
         return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
@@ -190,6 +193,25 @@ def _unit_size(config: PreprocessConfig, input_bytes: int) -> dict[str, int]:
     return {"bytes": config.unit_bytes or default}
 
 
+def refuse_changed_files(plan: Plan) -> None:
+    """Refuse input files that were written to since this process made its plan.
+
+    Raises:
+        DataFormatError: with the first of them.
+    """
+    for path, state in plan.file_states.items():
+        if _file_state(path) != state:
+            raise DataFormatError(
+                f"{path}: was changed while it was being read; run again, with --restart if its content is "
+                "another now"
+            )
+
+
+def _without_path(part: InputFile | WorkUnit) -> dict[str, Any]:
+    """The fields of an input file or a unit that say what is in it."""
+    return {name: value for name, value in part.to_json().items() if name != "path"}
+
+
 def _file_state(path: str) -> list[int]:
     """Size and time of change of a file."""
     try:
@@ -205,6 +227,8 @@ def _differences(recorded: Plan, asked: Plan) -> Iterator[str]:
     for name in [*was, *(name for name in now if name not in was)]:
         if was.get(name) != now.get(name):
             yield f"{name}: recorded {was.get(name)!r}, now {now.get(name)!r}"
+    if [*map(_without_path, recorded.inputs)] == [*map(_without_path, asked.inputs)]:
+        return
     old_files = {file.path: file for file in recorded.inputs}
     new_files = {file.path: file for file in asked.inputs}
     for path in old_files.keys() | new_files.keys():

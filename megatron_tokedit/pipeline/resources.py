@@ -36,12 +36,15 @@ class PriorPlan:
         options: windows and batches.
         dtype: precision.
         threads: torch threads on CPU.
+        device: ``cpu`` or ``cuda``. Not in :meth:`settings`: a merge may run where the device is not; that
+            the units agree is checked by :func:`megatron_tokedit.pipeline.unit.check_devices`.
     """
 
     identity: PriorIdentity
     options: ScoringOptions
     dtype: str
     threads: int
+    device: str
 
     def settings(self) -> dict[str, Any]:
         """What of it determines the bytes, for the plan and the manifest."""
@@ -111,14 +114,21 @@ def candidate_request(editor: Editor, tokenizer: Tokenizer, scorer: Scorer) -> C
     )
 
 
-def find_prior(config: PreprocessConfig, tokenizer: Tokenizer) -> PriorPlan | None:
+def find_prior(
+    config: PreprocessConfig, tokenizer: Tokenizer, *, only_merges: bool = False
+) -> PriorPlan | None:
     """Identify the prior, check that it fits the tokenizer and settle its windows; None where nothing is
     edited.
+
+    Args:
+        config: the job.
+        tokenizer: its tokenizer.
+        only_merges: this process scores nothing, so the device need not be here.
 
     Raises:
         PriorError: the prior is not usable.
         TokenizerError: it does not belong to the tokenizer.
-        ConfigError: a window that it cannot take.
+        ConfigError: a window that it cannot take, or a device that is not there.
     """
     if not config.edits or config.prior is None:
         return None
@@ -129,7 +139,7 @@ def find_prior(config: PreprocessConfig, tokenizer: Tokenizer) -> PriorPlan | No
         scoring_options,
     )
 
-    resolve_device(config.prior_device)
+    device = config.prior_device if only_merges else resolve_device(config.prior_device).type
     identity = identify_prior(config.prior, config.prior_backend)
     _check_tokenizer(tokenizer, identity)
     options = scoring_options(
@@ -140,7 +150,7 @@ def find_prior(config: PreprocessConfig, tokenizer: Tokenizer) -> PriorPlan | No
         batch_tokens=config.prior_batch_tokens,
         logits_bytes=config.prior_logits_bytes,
     )
-    return PriorPlan(identity, options, config.prior_dtype, config.prior_threads)
+    return PriorPlan(identity, options, config.prior_dtype, config.prior_threads, device)
 
 
 def _start_id(tokenizer: Tokenizer, identity: PriorIdentity) -> int | None:
@@ -154,7 +164,7 @@ def _start_id(tokenizer: Tokenizer, identity: PriorIdentity) -> int | None:
     return tokenizer.bos if tokenizer.prepends_bos and tokenizer.bos not in tokenizer.prefix_ids else None
 
 
-def load_prior(prior: PriorPlan, device: str) -> Scorer:
+def load_prior(prior: PriorPlan) -> Scorer:
     """Load the prior of a plan into this process and set the number of torch threads.
 
     Raises:
@@ -165,7 +175,7 @@ def load_prior(prior: PriorPlan, device: str) -> Scorer:
     from megatron_tokedit.scoring.load import load_scorer
 
     torch.set_num_threads(prior.threads)
-    scorer = load_scorer(prior.identity, prior.options, dtype=prior.dtype, device=device)
+    scorer = load_scorer(prior.identity, prior.options, dtype=prior.dtype, device=prior.device)
     torch.set_num_threads(prior.threads)  # megatron's initialisation may have chosen its own
     return scorer
 

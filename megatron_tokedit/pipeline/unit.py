@@ -7,7 +7,7 @@ either counts as a whole or is done again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ from megatron_tokedit.pipeline.resources import (
     make_editor,
 )
 from megatron_tokedit.pipeline.workdir import WorkDir, make_folder
-from megatron_tokedit.tokenizers import append_eod, encode_documents, load_tokenizer
+from megatron_tokedit.tokenizers import Tokenizer, append_eod, encode_documents
 
 Sequences = list[npt.NDArray[np.int32]]
 OnGroup = Callable[[int, int], None]
@@ -86,6 +86,7 @@ class UnitResult:
         bytes_in: UTF-8 bytes of the documents' text.
         bad_lines: lines that were no documents.
         bad_examples: the first of them, as messages.
+        device: where the prior ran; None where nothing is edited.
         keys: JSON key -> what was written.
         seconds: step -> time spent.
     """
@@ -95,6 +96,7 @@ class UnitResult:
     bytes_in: int = 0
     bad_lines: int = 0
     bad_examples: list[str] = field(default_factory=list)
+    device: str | None = None
     keys: dict[str, KeyCounts] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
 
@@ -149,27 +151,27 @@ class UnitWorker:
 
     Args:
         config: the job.
+        tokenizer: its tokenizer.
         prior: as settled by the plan.
-        device: where the prior runs.
 
     Raises:
-        TokenizerError: the tokenizer cannot be loaded.
         PriorError: the prior cannot be loaded.
     """
 
-    def __init__(self, config: PreprocessConfig, prior: PriorPlan | None, device: str) -> None:
+    def __init__(self, config: PreprocessConfig, tokenizer: Tokenizer, prior: PriorPlan | None) -> None:
         self._config = config
         self._workdir = WorkDir(config.output_prefix)
-        self._tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+        self._tokenizer = tokenizer
         self._dtype = best_dtype(self._tokenizer.vocab_size)
         self._editor = make_editor(config, self._tokenizer)
-        self._scorer = load_prior(prior, device) if prior else None
+        self._scorer = load_prior(prior) if prior else None
+        self._device = prior.device if prior else None
         self._request = (
             candidate_request(self._editor, self._tokenizer, self._scorer) if self._scorer else None
         )
 
     def process(self, unit: WorkUnit, on_group: OnGroup) -> UnitResult:
-        """Do one unit and write its marker.
+        """Do one unit and write its marker; a unit that another process has done meanwhile is left alone.
 
         Args:
             unit: which.
@@ -179,8 +181,11 @@ class UnitWorker:
             DataFormatError: a file cannot be read or written, or the unit alone has too many bad lines.
             PriorError: the prior returned unusable numbers.
         """
-        result = UnitResult(unit.unit_id)
         marker = self._workdir.unit_marker(unit.unit_id)
+        if marker.exists():
+            on_group(unit.num_documents, 0)
+            return UnitResult.load(marker)
+        result = UnitResult(unit.unit_id, device=self._device)
         make_folder(marker.parent)
         with ExitStack() as stack:
             outputs = {key: self._open(unit.unit_id, key, stack) for key in self._config.json_keys}
@@ -306,6 +311,19 @@ class UnitWorker:
             edited.positions_N,
             edited.original_ids_N,
             np.where(edited.dropped_N, DROPPED, CHANGED),
+        )
+
+
+def check_devices(devices: Collection[str | None]) -> None:
+    """Refuse a job whose units were scored on several kinds of device, which round differently.
+
+    Raises:
+        PlanError: with the kinds.
+    """
+    if len(set(devices)) > 1:
+        raise PlanError(
+            f"the prior ran on {' and on '.join(sorted(map(str, set(devices))))}, whose scores differ in "
+            "rounding; do all units on one kind (--prior-device), or --restart"
         )
 
 

@@ -1,8 +1,9 @@
-"""Names of all files of a job, and the lock that lets one process at a time plan or merge.
+"""Names of all files of a job, and the locks that let one process at a time plan or merge.
 
     PREFIX_KEY_document.{bin,idx,edits,manifest.json,stats.json}    the outputs
     PREFIX.work/plan.json                                           what the job is
     PREFIX.work/complete.json                                       written last, after the merge
+    PREFIX.work/{plan,units}.lock                                   empty
     PREFIX.work/units/0000/0000012_KEY.{bin,idx,edits}              a unit's part of each output
     PREFIX.work/units/0000/0000012.json                             its marker: the unit is done; its counts
 
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.log import get_logger
@@ -76,18 +78,28 @@ class WorkDir:
         make_folder(self.root)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the job's lock; released when the process ends, however it ends.
+    def lock(self, what: Literal["plan", "units"], *, shared: bool = False) -> Iterator[bool]:
+        """Hold one of the job's locks; released when the process ends, however it ends.
 
-        Where the file system has no locks the block runs without one: what it writes is the same whoever
-        writes it, and appears by rename.
+        The plan's lock is held while the plan is made. The units' lock is shared by all who write units, and
+        held alone by the one who merges or discards them.
+
+        Yields:
+            Whether the lock is held. Where the file system has no locks the block runs without one: what it
+            writes is the same whoever writes it, and appears by rename.
         """
-        with open(self.root / "lock", "w") as file:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        with open(self.root / f"{what}.lock", "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: waiting for another process of this job", self.root)
+                fcntl.flock(file, kind)
             except OSError as error:
                 logger.warning("%s: no file locks here (%s); going on without", self.root, error.strerror)
-            yield
+                yield False
+                return
+            yield True
 
 
 def make_folder(path: Path) -> None:

@@ -7,14 +7,16 @@ only: the others go on, and the caller is told at the end.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -23,9 +25,11 @@ from megatron_tokedit import log
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.pipeline.placement import usable_cores
 from megatron_tokedit.pipeline.progress import Progress
 from megatron_tokedit.pipeline.resources import PriorPlan
 from megatron_tokedit.pipeline.unit import UnitResult, UnitWorker
+from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 _STOP_SECONDS = 5.0
 
@@ -56,11 +60,29 @@ class _Worker:
     unit: WorkUnit | None = None
 
 
+def count_workers(config: PreprocessConfig, prior: PriorPlan | None, num_units: int) -> int:
+    """Processes for so many units: as configured, else what keeps the usable cores busy.
+
+    By default a prior on a GPU has one process, one on CPU a process for every ``prior_threads`` cores.
+    """
+    if config.workers is not None:
+        wanted = config.workers
+    elif prior is not None and prior.device != "cpu":
+        wanted = 1
+    else:
+        wanted = usable_cores(os.environ) // (prior.threads if prior else 1)
+    return max(1, min(wanted, num_units))
+
+
 def run_in_process(
-    config: PreprocessConfig, prior: PriorPlan | None, units: Sequence[WorkUnit], progress: Progress
-) -> Iterator[UnitResult]:
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    prior: PriorPlan | None,
+    units: Sequence[WorkUnit],
+    progress: Progress,
+) -> Generator[UnitResult, None, None]:
     """Do the units in this process, in order."""
-    worker = UnitWorker(config, prior, config.prior_device)
+    worker = UnitWorker(config, tokenizer, prior)
     for unit in units:
         yield worker.process(unit, progress.advance)
 
@@ -69,15 +91,17 @@ def run_in_workers(
     config: PreprocessConfig,
     prior: PriorPlan | None,
     units: Sequence[WorkUnit],
+    num_workers: int,
     progress: Progress,
     dead: list[DeadWorker],
-) -> Iterator[UnitResult]:
-    """Do the units in ``config.workers`` processes, handing them out in order.
+) -> Generator[UnitResult, None, None]:
+    """Do the units in several processes, handing them out in order.
 
     Args:
         config: the job.
         prior: as settled by the plan.
         units: what is to be done.
+        num_workers: processes.
         progress: told as groups are done.
         dead: workers that died are appended here.
 
@@ -88,15 +112,18 @@ def run_in_workers(
         TokeditError: the first that a worker reported; the other workers are stopped.
     """
     waiting = list(reversed(units))
-    workers = [_start(config, prior, index) for index in range(min(config.workers, len(units)))]
+    workers: list[_Worker] = []
     try:
+        with _interrupts_blocked():  # also in the workers: Ctrl-C is the parent's to answer
+            for index in range(num_workers):
+                workers.append(_start(config, prior, index, num_workers))
         while workers:
             by_connection: dict[Any, _Worker] = {worker.connection: worker for worker in workers}
             for connection in wait(list(by_connection)):
                 worker = by_connection[connection]
                 try:
                     kind, content = worker.connection.recv()
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):  # the second where it died in the middle of a message
                     worker.process.join()
                     workers.remove(worker)
                     if worker.unit is not None or worker.process.exitcode != 0:
@@ -108,7 +135,7 @@ def run_in_workers(
                 if kind == "error":
                     raise content
                 worker.unit = waiting.pop() if waiting else None
-                with suppress(BrokenPipeError):  # it died meanwhile; the next wait finds out
+                with suppress(OSError):  # it died meanwhile; the next wait finds out
                     worker.connection.send(worker.unit)
                 if kind == "done":
                     yield content
@@ -116,14 +143,25 @@ def run_in_workers(
         _stop(workers)
 
 
-def _start(config: PreprocessConfig, prior: PriorPlan | None, index: int) -> _Worker:
+def _start(config: PreprocessConfig, prior: PriorPlan | None, index: int, num_workers: int) -> _Worker:
     """Start one worker."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, config, prior, index), daemon=True)
+    process = context.Process(target=_work, args=(theirs, config, prior, index, num_workers), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Hold back SIGINT, in this thread and in the processes that are started in the block."""
+    resource_tracker.ensure_running()  # multiprocessing would start it in the block, and it unblocks SIGINT
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
@@ -137,15 +175,18 @@ def _stop(workers: Sequence[_Worker]) -> None:
             worker.process.join()
 
 
-def _work(connection: Connection, config: PreprocessConfig, prior: PriorPlan | None, index: int) -> None:
+def _work(
+    connection: Connection, config: PreprocessConfig, prior: PriorPlan | None, index: int, num_workers: int
+) -> None:
     """The life of a worker: ask for a unit, do it, say so, until there is none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     log.configure(quiet=True)
+    logging.getLogger(log.ROOT_NAME).setLevel(logging.ERROR)  # the parent has given the warnings already
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    if prior is not None and config.prior_device != "cpu":
-        _choose_gpu(config.workers, index)
+    if prior is not None and prior.device != "cpu":
+        _choose_gpu(num_workers, index)
     try:
-        worker = UnitWorker(config, prior, config.prior_device)
+        tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+        worker = UnitWorker(config, tokenizer, prior)
         connection.send(("ready", None))
         while (unit := connection.recv()) is not None:
             result = worker.process(

@@ -42,8 +42,7 @@ def estimate_memory(config: RunConfig, *, data_parallel_size: int) -> MemoryEsti
     tensor_parallel, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vocab_size = model.vocab_size or 0
     rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor_parallel)
-    tied = bool(model.share_embeddings_and_output_weights)
-    matrices = 1 if tied else 2
+    matrices = 1 if model.ties_embeddings else 2
     layers = num_parameters(model, vocab_size) - matrices * vocab_size * model.hidden_size
     own_matrices = matrices if stages == 1 else 1
     own = layers / (tensor_parallel * stages) + own_matrices * rows * model.hidden_size / tensor_parallel
@@ -65,8 +64,7 @@ def estimate_memory(config: RunConfig, *, data_parallel_size: int) -> MemoryEsti
 def _activation_values(config: RunConfig) -> float:
     """Values kept for the backward pass, a token and layer, on one tensor-parallel rank."""
     model = config.model
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size or 0
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    head = model.kv_channels or hidden // heads
-    split = (2 * heads + 2 * groups) * head + ffn * (4 if model.family == "llama" else 2)
-    return 4 * hidden + split / config.parallel.tensor_model_parallel_size
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    split = (2 * heads + 2 * groups) * model.head_size
+    split += model.ffn_size * (4 if model.family == "llama" else 2)
+    return 4 * model.hidden_size + split / config.parallel.tensor_model_parallel_size

@@ -22,7 +22,7 @@ from megatron_tokedit.dataset.batches import BatchShape, microbatches
 from megatron_tokedit.dataset.blend import Datasets, build_datasets
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
 from megatron_tokedit.dataset.sources import format_shares, inspect_sources, source_shares
-from megatron_tokedit.engine import checkpoint
+from megatron_tokedit.engine import checkpoint, checkpoint_folder
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.model import build_model, flops_per_token, num_parameters
 from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler, learning_rate
@@ -31,6 +31,7 @@ from megatron_tokedit.errors import ConfigError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.training.metrics import MetricsWriter, step_line
 from megatron_tokedit.training.resume import check_resumable
+from megatron_tokedit.training.run_lock import RunLock
 from megatron_tokedit.training.signals import StopRequest
 from megatron_tokedit.training.state import TrainState
 from megatron_tokedit.training.throughput import Throughput, peak_tflops
@@ -85,7 +86,7 @@ def train(
         progress: is told of every step on rank 0.
 
     Raises:
-        ConfigError: sizes that do not fit the world size.
+        ConfigError: sizes that do not fit the world size, or a run folder that is in use or not writable.
         DataFormatError: sources that are missing, damaged or written with another tokenizer.
         CheckpointError: a checkpoint of another model or tokenizer is in the run folder.
     """
@@ -123,7 +124,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Everything from the data to the last checkpoint."""
-        with StopRequest() as stop:
+        with StopRequest() as stop, RunLock(self.run_dir):
             resume_from = self._find_checkpoint()
             if self.state.step >= self._last_step():
                 logger.info("nothing to do: %d of %d steps are done", self.state.step, self._last_step())
@@ -177,13 +178,13 @@ class Trainer:
         Raises:
             CheckpointError: it does not fit the model or the tokenizer.
         """
-        found = from_rank_zero(lambda: checkpoint.find_latest(self.checkpoint_dir))
+        found = from_rank_zero(lambda: checkpoint_folder.find_latest(self.checkpoint_dir))
         folder = str(found) if found else None
         if folder is not None:
-            state = checkpoint.read_json(folder, checkpoint.STATE_FILE)
+            state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
             changes = check_resumable(
                 folder,
-                recorded_config=checkpoint.read_json(folder, checkpoint.RUN_CONFIG_FILE),
+                recorded_config=checkpoint_folder.read_json(folder, checkpoint_folder.RUN_CONFIG_FILE),
                 config=to_mapping(self.config),
                 recorded_tokenizer=state["tokenizer"],
                 tokenizer=self.tokenizer_spec,
@@ -199,7 +200,13 @@ class Trainer:
         config, ctx = self.config, self.ctx
         vocab_size = config.model.vocab_size or 0
         self.model = build_model(
-            config.model, config.precision, ctx, vocab_size, parallel=config.parallel, wrap_with_ddp=True
+            config.model,
+            config.precision,
+            ctx,
+            vocab_size,
+            parallel=config.parallel,
+            wrap_with_ddp=True,
+            documents_masked=config.data.reset_attention_mask,
         )
         for chunk in self.model:
             chunk.train()
@@ -230,7 +237,6 @@ class Trainer:
 
     def _write_config(self) -> None:
         """Record the resolved configuration in the run folder; not collective."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(self.run_dir / "config.yaml", to_yaml(self.config).encode())
 
     def _num_samples(self) -> int:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tokedit.cli.train import main
+from megatron_tokedit.config.load import load_config
+from megatron_tokedit.config.raw_sources import preprocessing_of
+from megatron_tokedit.pipeline import run
 from megatron_tokedit.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +64,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert flag in shown
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config"], ["--config", TINY, "--dry-run", "--prepare"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--config"],
+        ["--config", TINY, "--dry-run", "--prepare"],
+        ["--config", TINY, "--dry-run", "--world-size", "-4"],
+        ["--config", TINY, "--world-size", "2"],
+    ],
+)
 def test_wrong_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -121,6 +133,27 @@ def test_prepare_then_dry_run_then_progress(tmp_path: Path, capsys: pytest.Captu
     assert "datasets that do not fit the configuration" in capsys.readouterr().err
     assert main(tiny(tmp_path, "--progress")) == 0
     assert capsys.readouterr().out == f"{tmp_path}/run: step 0 of 40\n"
+
+
+def test_progress_counts_work_units_without_torch(tmp_path: Path) -> None:
+    """What a requeued job compares: finished units move it while there is no step yet."""
+    arguments = tiny(tmp_path, "data.train.0.edit.unit_documents=30")
+
+    def progress() -> str:
+        script = (
+            "import sys; from megatron_tokedit.cli.train import main; code = main(sys.argv[1:]); "
+            "assert 'torch' not in sys.modules; sys.exit(code)"
+        )
+        command = [sys.executable, "-c", script, *arguments, "--progress"]
+        return subprocess.run(command, text=True, capture_output=True, check=True).stdout
+
+    step = f"{tmp_path}/run: step 0 of 40"
+    assert progress() == f"{step}; preparing docs: not begun; preparing heldout: not begun\n"
+    config = load_config(TINY, arguments[2:])
+    run(preprocessing_of(config.data.train[0], config.tokenizer), rank=0, world_size=2, stage="edit")
+    assert progress() == f"{step}; preparing docs: 2 of 4 units; preparing heldout: not begun\n"
+    assert main([*arguments, "--prepare"]) == 0
+    assert progress() == f"{step}\n"
 
 
 def test_world_size_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,8 @@ def test_values_and_overrides(good: Path) -> None:
         (["model.hidden_size=true"], "model.hidden_size: got True (true/false), expected a whole number"),
         (["optimizer.lr=fast"], "optimizer.lr: got 'fast' (text), expected a number"),
         (["optimizer.lr=-1"], "optimizer.lr: got -1 (a whole number), expected greater than 0"),
+        (["optimizer.lr=.inf"], "optimizer.lr: got inf (a number), expected a finite number"),
+        (["run_dir=''"], "run_dir: got '' (text)"),
         (["optimizer=null"], "optimizer: got nothing (null), expected a mapping of fields"),
         (["precision.recipe=fp7"], "precision.recipe: got 'fp7' (text), expected 'fp32' or 'bf16'"),
         (["data.train=[]"], "data.train: got [] (a list), expected"),
@@ -148,6 +150,14 @@ def test_bad_files(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     assert expected in "\n".join(faults(path))
+
+
+def test_merged_keys_are_not_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        GOOD.replace("- {name: a, ", "- &a {name: a, ").replace("- name: b", "- <<: *a\n      name: b")
+    )
+    assert [source.prefix for source in load_config(path).data.train] == ["x", "y"]
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def raw(**fields: Any) -> dict[str, Any]:
         ({"model__num_query_groups": 3}, None, "model.num_query_groups: 3 does not divide num_attention_heads = 4"),
         ({"model__kv_channels": 15}, None, "model.kv_channels: a head of 15 channels is odd"),
         ({"model__family": "gpt2", "model__max_position_embeddings": 16}, None, "32 tokens do not fit the 16 learned positions"),
+        ({"data__reset_position_ids": True}, None, "data.reset_position_ids: has no effect on rotary positions"),
         ({"model__num_query_groups": 2, "parallel__tensor_model_parallel_size": 4}, None, "4 does not divide model.num_query_groups = 2: 2 / 4 = 0.5; sizes that do: 1, 2"),
         ({"model__ffn_hidden_size": 190, "parallel__tensor_model_parallel_size": 4}, None, "4 does not divide model.ffn_hidden_size = 190"),
         ({"parallel__pipeline_model_parallel_size": 3}, None, "3 does not divide model.num_layers = 4; sizes that do: 1, 2, 4"),

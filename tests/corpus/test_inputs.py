@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_globs_reach_into_folders(folder: Path) -> None:
 def test_what_cannot_be_used_is_named(folder: Path, pattern: str, message: str) -> None:
     with pytest.raises(DataFormatError, match=message):
         expand_inputs([f"{folder}/{pattern}"])
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(DataFormatError, match=r"pipe\.jsonl: is a pipe"):
+        expand_inputs([f"{folder}/pipe.jsonl"])
 
 
 def test_all_faults_are_in_one_message(folder: Path) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import resource
+
 import engine_cases
 import pytest
 
-from megatron_tokedit.engine import checkpoint
+from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import CheckpointError
 from megatron_tokedit.testing.models import tiny_llama
 
@@ -60,14 +62,15 @@ def test_keeps_the_newest_and_points_at_it(run_folder):
     assert (run_folder / "checkpoints" / "latest").read_text() == "step_00000003\n"
     newest = run_folder / "checkpoints" / "step_00000003"
     for path in (run_folder, run_folder / "checkpoints", newest):
-        assert checkpoint.find_latest(path) == newest
+        assert checkpoint_folder.find_latest(path) == newest
 
 
 @pytest.mark.parametrize("damage", ["marker", "truncated", "missing"])
 def test_skips_incomplete_folders(run_folder, damage):
     newest = run_folder / "checkpoints" / "step_00000003"
     victim = (
-        newest / {"marker": checkpoint.MARKER, "truncated": "__0_0.distcp", "missing": "common.pt"}[damage]
+        newest
+        / {"marker": checkpoint_folder.MARKER, "truncated": "__0_0.distcp", "missing": "common.pt"}[damage]
     )
     content = victim.read_bytes()
     try:
@@ -75,17 +78,17 @@ def test_skips_incomplete_folders(run_folder, damage):
             victim.write_bytes(content[:-1])
         else:
             victim.unlink()
-        assert checkpoint.find_latest(run_folder).name == "step_00000002"
+        assert checkpoint_folder.find_latest(run_folder).name == "step_00000002"
     finally:
         victim.write_bytes(content)
 
 
 def test_nothing_there(tmp_path):
-    assert checkpoint.find_latest(tmp_path / "none") is None
+    assert checkpoint_folder.find_latest(tmp_path / "none") is None
     with pytest.raises(CheckpointError, match=r"none: does not exist; give a run folder"):
-        checkpoint.require(tmp_path / "none")
+        checkpoint_folder.require(tmp_path / "none")
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
-        checkpoint.require(tmp_path)
+        checkpoint_folder.require(tmp_path)
 
 
 def crash_then_save(folder, model):
@@ -93,7 +96,7 @@ def crash_then_save(folder, model):
     run = engine_cases.start(model)
     run.save(folder, 4)
     (folder / "checkpoints" / "step_00000004").rename(folder / "checkpoints" / "step_00000007.partial")
-    before = checkpoint.find_latest(folder)
+    before = checkpoint_folder.find_latest(folder)
     run.save(folder, 5)
     run.save(folder, 5)  # the same step again replaces it
     return before, sorted(entry.name for entry in (folder / "checkpoints").iterdir())
@@ -103,6 +106,30 @@ def test_killed_save_is_no_checkpoint(ranks, tmp_path):
     ((before, names),) = ranks.run(crash_then_save, tmp_path, tiny_llama(), world_size=1)
     assert before is None
     assert names == ["latest", "step_00000005"]
+
+
+def save_on_a_full_disk(folder, model):
+    """Rank 1 cannot write more than 64 KiB a file when it saves for the second time."""
+    run = engine_cases.start(model, tp=2)
+    run.save(folder, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if run.ctx.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        run.save(folder, 2)
+    except CheckpointError as error:
+        return str(error), checkpoint_folder.find_latest(folder).name
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "saved", None
+
+
+def test_full_disk_is_an_error_on_every_rank(ranks, tmp_path):
+    model = tiny_llama(hidden_size=64)
+    for message, latest in ranks.run(save_on_a_full_disk, tmp_path, model, world_size=2):
+        assert "step_00000002.partial: cannot be written (rank 1: " in message
+        assert "is the disk full?" in message
+        assert latest == "step_00000001"
 
 
 def load_other_shape(folder):

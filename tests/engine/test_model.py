@@ -60,12 +60,50 @@ def test_sizes_that_do_not_divide_are_all_named():
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     with pytest.raises(ConfigError) as caught:
         engine_model.transformer_config(model, PrecisionConfig(recipe="fp32"), parallel, torch.device("cpu"))
-    assert "model.num_query_groups=1 is not a multiple of parallel.tensor_model_parallel_size=2" in str(
-        caught.value
+    message = str(caught.value)
+    assert "parallel.tensor_model_parallel_size: 2 does not divide model.num_query_groups = 1" in message
+    assert "parallel.pipeline_model_parallel_size: 2 does not divide model.num_layers = 3" in message
+
+
+def specs_of_a_gpu():
+    """The mask types of Transformer Engine's spec, with the local one standing in for it."""
+    from unittest import mock
+
+    import torch
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    probe = mock.Mock(transformer_engine="2.11")
+    te_spec = mock.patch.object(
+        gpt_layer_specs,
+        "get_gpt_layer_with_transformer_engine_spec",
+        gpt_layer_specs.get_gpt_layer_local_spec,
     )
-    assert "model.num_layers=3 is not a multiple of parallel.pipeline_model_parallel_size=2" in str(
-        caught.value
-    )
+    with te_spec, mock.patch.object(engine_model.preflight, "probe", return_value=probe):
+        specs = [
+            engine_model.layer_spec(None, torch.device("cuda"), documents_masked=masked)
+            for masked in (False, True)
+        ]
+    return [spec.submodules.self_attention.params["attn_mask_type"].name for spec in specs]
+
+
+def test_transformer_engine_is_told_of_document_masks(ranks):
+    """Under its own mask type, ``causal``, it would ignore them without a word."""
+    assert ranks.run(specs_of_a_gpu, world_size=1) == [["causal", "arbitrary"]]
+
+
+def launch_order(tp):
+    import os
+
+    before = os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    engine_cases.start(tiny_llama(), tp=tp)
+    found = os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    os.environ.update({"CUDA_DEVICE_MAX_CONNECTIONS": before} if before else {})
+    return found
+
+
+def test_tensor_parallel_kernels_run_in_launch_order(ranks):
+    assert ranks.run(launch_order, 2, world_size=2) == ["1", "1"]
+    assert ranks.run(launch_order, 1, world_size=2) == [None, None]
 
 
 def world_does_not_fit():

@@ -36,6 +36,7 @@ def settings(tmp_path: Path, name: str, **changes: object) -> dict[str, object]:
         "append_eod": True,
         "edit_strategy": "none",
         "unit_documents": 3,
+        "workers": 1,
     } | changes
 
 

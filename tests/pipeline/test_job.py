@@ -120,9 +120,10 @@ def test_workers_give_the_same_bytes(folder, prior):
 
 
 class Killer:
-    """A progress that kills the workers once a few documents are done."""
+    """A progress that kills so many of the workers once a few documents are done."""
 
-    def __init__(self):
+    def __init__(self, num_workers):
+        self.num_workers = num_workers
         self.before = set(psutil.Process().children())
         self.done = 0
 
@@ -134,7 +135,7 @@ class Killer:
         if self.done == 5:
             workers = set(psutil.Process().children()) - self.before
             workers = [child for child in workers if "spawn_main" in " ".join(child.cmdline())]
-            for worker in workers:
+            for worker in workers[: self.num_workers]:
                 worker.kill()
 
     def close(self):
@@ -144,10 +145,20 @@ class Killer:
 def test_dead_workers_are_reported_with_their_units(folder):
     changes = {"workers": 2, "unit_documents": 1}
     with pytest.raises(PlanError, match=r"killed by signal 9 in work unit \d+ \(.*corpus"):
-        job(folder, "out", changes, progress=Killer())
+        job(folder, "out", changes, progress=Killer(2))
     assert 4 <= len(list((folder / "out.work").glob("units/*/*.json"))) < 12
     assert not (folder / "out_text_document.idx").exists()
     job(folder, "out", changes)
+    job(folder, "whole")
+    assert output_bytes(folder, "out") == output_bytes(folder, "whole")
+
+
+def test_one_dead_worker_lets_the_others_go_on(folder):
+    changes = {"workers": 2, "unit_documents": 1}
+    with pytest.raises(PlanError, match=r"^1 work units are not done.*\n  a worker was killed by signal 9"):
+        job(folder, "out", changes, progress=Killer(1))
+    assert len(list((folder / "out.work").glob("units/*/*.json"))) == 39
+    assert job(folder, "out", changes).outcome == "merged"
     job(folder, "whole")
     assert output_bytes(folder, "out") == output_bytes(folder, "whole")
 
@@ -159,8 +170,9 @@ def test_rerun_of_a_finished_job_does_nothing(folder):
     assert (folder / "out_text_document.bin").stat().st_mtime_ns == before
     assert sorted(path.name for path in (folder / "out.work").iterdir()) == [
         "complete.json",
-        "lock",
         "plan.json",
+        "plan.lock",
+        "units.lock",
     ]
     (folder / "out_text_document.bin").unlink()  # a lost output is made again
     assert job(folder, "out").outcome == "merged"

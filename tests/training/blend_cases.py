@@ -11,6 +11,7 @@ from training_cases import SPEC
 
 from megatron_tokedit.config.sections import DataConfig, SourceConfig
 from megatron_tokedit.dataset.blend import Datasets, build_datasets
+from megatron_tokedit.dataset.rank_zero import from_rank_zero
 from megatron_tokedit.dataset.sources import inspect_sources
 
 SEQ_LENGTH = 16
@@ -78,6 +79,15 @@ def megatron_samples(folder: Path, names: dict[str, float], num_samples: int) ->
     )
     train = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
     return [train[index]["tokens"].tolist() for index in range(num_samples)]
+
+
+def bug_on_rank_zero() -> str:
+    """What this rank raised."""
+    try:
+        from_rank_zero(lambda: 1 // 0)
+    except Exception as error:  # noqa: BLE001 - the test looks at it
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def build_without_permission(folder: Path, names: dict[str, float]) -> str:

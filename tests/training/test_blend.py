@@ -53,8 +53,15 @@ def test_cache_is_reused_and_follows_the_content(ranks: RankPool, folder: Path) 
 
 def test_a_failure_on_rank_zero_reaches_all_ranks(ranks: RankPool, folder: Path) -> None:
     messages = ranks.run(blend_cases.build_without_permission, folder, BLEND, world_size=2)
-    assert "FileExistsError" in messages[0]
-    assert "TokeditError: rank 0 failed: FileExistsError" in messages[1]
+    for message in messages:
+        assert "DataFormatError: data.cache_dir: " in message
+        assert "cache cannot be written: File exists" in message
+
+
+def test_a_bug_on_rank_zero_reaches_all_ranks(ranks: RankPool) -> None:
+    messages = ranks.run(blend_cases.bug_on_rank_zero, world_size=2)
+    assert messages[0].startswith("ZeroDivisionError")
+    assert "TokeditError: rank 0 failed: ZeroDivisionError" in messages[1]
 
 
 def test_masks(ranks: RankPool, folder: Path) -> None:
@@ -93,17 +100,18 @@ def test_last_validation_batch_is_filled_up() -> None:
 
 class Counting(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"tokens": torch.tensor([index, index + 1])}
+        ids = torch.arange(index, index + 3)
+        return {"tokens": ids[:-1], "labels": ids[1:]}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loader_reads_and_checks_ids(num_workers: int) -> None:
     shape = BatchShape(2, 2, 1, 0)
     state = torch.get_rng_state()
-    batches = microbatches(Counting(), shape, start=2, stop=6, vocab_size=6, num_workers=num_workers)
+    batches = microbatches(Counting(), shape, start=2, stop=6, vocab_size=7, num_workers=num_workers)
     assert next(batches)["tokens"].tolist() == [[2, 3], [3, 4]]
-    with pytest.raises(DataFormatError, match="token id 6, but the model's vocabulary has 6 ids"):
-        next(batches)
+    with pytest.raises(DataFormatError, match="token id 7, but the model's vocabulary has 7 ids"):
+        next(batches)  # the last label is in no input
     assert torch.equal(torch.get_rng_state(), state), "loaders leave the run's random numbers alone"
 
 

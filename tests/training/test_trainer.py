@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,30 @@ def test_all_unusable_sources_are_reported_on_every_rank(ranks: RankPool, tmp_pa
     assert "first.bin and .idx are not there" in text
     assert "second.manifest.json does not belong to" in text
     assert "one sample needs model.seq_length + 1 = 129" in text
+
+
+def test_a_run_folder_takes_one_run(ranks: RankPool, straight: tuple[Path, Any]) -> None:
+    run = straight[0] / "run"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    holder = [sys.executable, "-c", hold, str(run / "lock")]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(RankFailure, match=r"run is in use by another run \(process \d+ on "):
+            ranks.run(train_on_rank, straight[0] / "run.yaml", world_size=2)
+        process.communicate(b"\n")
+    assert ranks.run(train_on_rank, straight[0] / "run.yaml", world_size=1)[0][0].finished
+
+
+def test_run_folder_that_cannot_be_written(ranks: RankPool, tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    file = tmp_path / "first.bin"
+    with pytest.raises(RankFailure, match=r"ConfigError: run_dir: .*first\.bin cannot be written"):
+        ranks.run(train_on_rank, config, (f"run_dir={file}",), world_size=1)
+    with pytest.raises(
+        RankFailure, match=r"DataFormatError: data\.cache_dir: .*first\.bin cannot be written"
+    ):
+        ranks.run(train_on_rank, config, (f"data.cache_dir={file}",), world_size=1)
 
 
 def test_another_tokenizer_is_refused(ranks: RankPool, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""The folder of a checkpoint, apart from what is in it: names, the newest complete one, JSON files.
+
+    RUN_DIR/checkpoints/step_00000100/   megatron-core's torch_dist files (model, optimizer, random states)
+                                         run_config.json, state.json
+                                         COMPLETE.json, written last: every file and its size
+    RUN_DIR/checkpoints/latest           name of the newest complete folder, replaced atomically
+
+Invariant: a folder counts only if its marker is there and every file it lists has its size. Nothing here
+imports torch, so asking how far a run is costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_tokedit.errors import CheckpointError
+
+MARKER = "COMPLETE.json"
+STATE_FILE = "state.json"
+RUN_CONFIG_FILE = "run_config.json"
+LATEST = "latest"
+PARTIAL_SUFFIX = ".partial"
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+def step_folder(checkpoints_dir: str | Path, step: int) -> Path:
+    """Folder of the checkpoint of ``step``."""
+    return Path(checkpoints_dir) / f"step_{step:08d}"
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether the folder is a whole checkpoint: its marker, and every listed file at its size."""
+    folder = Path(folder)
+    try:
+        files = orjson.loads((folder / MARKER).read_bytes())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, orjson.JSONDecodeError, KeyError):
+        return False
+
+
+def complete_steps(checkpoints_dir: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints by rising step."""
+    if not checkpoints_dir.is_dir():
+        return []
+    matches = ((_STEP_FOLDER.fullmatch(entry.name), entry) for entry in checkpoints_dir.iterdir())
+    found = [(int(match.group(1)), entry) for match, entry in matches if match and is_complete(entry)]
+    return sorted(found)
+
+
+def find_latest(path: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run.
+
+    Args:
+        path: a step folder, a run folder, or a run's ``checkpoints`` folder.
+
+    Returns:
+        The step folder, or None where there is no complete one.
+    """
+    path = Path(path)
+    if is_complete(path):
+        return path
+    for checkpoints_dir in (path / "checkpoints", path):
+        if steps := complete_steps(checkpoints_dir):
+            return steps[-1][1]
+    return None
+
+
+def require(path: str | Path) -> Path:
+    """As :func:`find_latest`.
+
+    Raises:
+        CheckpointError: nothing complete is there.
+    """
+    found = find_latest(path)
+    if found is None:
+        what = "has no complete checkpoint" if Path(path).exists() else "does not exist"
+        raise CheckpointError(
+            f"{path}: {what}; give a run folder, its 'checkpoints' folder or a step_* folder "
+            f"that holds {MARKER}"
+        )
+    return found
+
+
+def read_json(folder: str | Path, name: str) -> dict[str, Any]:
+    """Read ``state.json`` or ``run_config.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    path = Path(folder) / name
+    try:
+        content = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from error
+    return dict(content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write by rename: a reader sees the old content or the new one."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with open(partial, "wb") as file:
+        file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
