@@ -21,4 +21,5 @@ TOKEDIT_SRUN_ARGS=(${TOKEDIT_CONTAINER:+--container-image="$TOKEDIT_CONTAINER"}
 # --- network -------------------------------------------------------------------------------------------------
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} / RANKS_PER_NODE > 0 ? ${SLURM_CPUS_ON_NODE:-1} / RANKS_PER_NODE : 1))}"
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"  # megatron-core's overlap under TP counts on it
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1  # a dead peer ends the job instead of hanging it

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.config.raw_sources import preprocessing_of
 from megatron_tokedit.config.record import differences
-from megatron_tokedit.config.sections import RunConfig, SourceConfig
+from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.errors import TokeditError
 from megatron_tokedit.log import get_logger
 
@@ -31,18 +31,6 @@ logger = get_logger(__name__)
 _PATIENCE = timedelta(days=14)
 """Ranks may finish their units hours apart; the launcher ends the others where a rank dies."""
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def missing_sources(config: RunConfig) -> list[SourceConfig]:
-    """The sources with raw ``input`` whose dataset is not there, one a preprocessing job."""
-    from megatron_tokedit.dataset.sources import all_sources, dataset_exists
-
-    found: dict[str, SourceConfig] = {}
-    for _, source in all_sources(config.data):
-        if source.input is not None and not dataset_exists(source.prefix):
-            job = preprocessing_of(source, config.tokenizer)
-            found.setdefault(job.output_prefix, source)
-    return list(found.values())
 
 
 def outdated_sources(config: RunConfig) -> list[str]:
@@ -89,6 +77,8 @@ def prepare_sources(config: RunConfig) -> None:
     Raises:
         TokeditError: preprocessing failed here or on another rank.
     """
+    from megatron_tokedit.dataset.sources import missing_sources
+
     missing = missing_sources(config)
     if not missing:
         logger.info("all data sources are there, nothing to prepare")

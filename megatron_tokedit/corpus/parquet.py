@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_tokedit.corpus.document import InputFile, WorkUnit
-from megatron_tokedit.corpus.plan import UnitBuilder
 from megatron_tokedit.corpus.streams import CHUNK_BYTES, HashingFile, reading
+from megatron_tokedit.corpus.units import UnitBuilder
 from megatron_tokedit.errors import DataFormatError
 
 _BATCH_ROWS = 512

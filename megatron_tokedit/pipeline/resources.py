@@ -18,7 +18,7 @@ from megatron_tokedit.scoring.base import CandidateRequest, Scorer
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import torch, which a job that edits nothing does not need
-    from megatron_tokedit.scoring.load import PriorIdentity
+    from megatron_tokedit.scoring.identity import PriorIdentity
     from megatron_tokedit.scoring.scorer import ScoringOptions
 
 _PROBE = (

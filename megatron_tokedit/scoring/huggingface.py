@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_tokedit.errors import PriorError
 from megatron_tokedit.scoring.head import OutputHead
-from megatron_tokedit.scoring.load import UNLIMITED_TOKENS
+from megatron_tokedit.scoring.identity import UNLIMITED_TOKENS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")

@@ -8,48 +8,18 @@ Invariant: the two agree; the scorer's fingerprint starts from the identity's.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.scoring.identity import UNLIMITED_TOKENS, Backend, PriorIdentity, hash_files
 from megatron_tokedit.scoring.scorer import Backbone, CausalScorer, ScoringOptions
 
-Backend = Literal["hf", "megatron"]
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_OVERLAP_TOKENS = 512
-UNLIMITED_TOKENS = 1 << 30
-"""``max_context_tokens`` of a model that states no limit."""
-_BLOCK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class PriorIdentity:
-    """What a prior is, from its files alone.
-
-    Attributes:
-        path: the folder, as given.
-        backend: ``hf`` or ``megatron``.
-        fingerprint: SHA-256 (hex) over the configuration and the weights.
-        vocab_size: real vocabulary of the model.
-        max_context_tokens: longest input.
-        tokenizer_fingerprint: of the tokenizer it was trained with, where the folder records it.
-        start_id: the id that a document follows in the text it was trained on, where the folder records it (a
-            Megatron checkpoint: the end of the document before); None: as the tokenizer says.
-    """
-
-    path: str
-    backend: Backend
-    fingerprint: str
-    vocab_size: int
-    max_context_tokens: int
-    tokenizer_fingerprint: str | None
-    start_id: int | None = None
 
 
 def detect_backend(path: str) -> Backend:
@@ -168,21 +138,3 @@ def resolve_device(device: str) -> torch.device:
     if not num_gpus:
         raise ConfigError(f"prior_device={device}: no CUDA device is usable here; give cpu or auto")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % num_gpus)
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    """SHA-256 (hex) over names and contents of files, in constant memory.
-
-    Raises:
-        PriorError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-                while block := file.read(_BLOCK_BYTES):
-                    digest.update(block)
-        except OSError as error:
-            raise PriorError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()

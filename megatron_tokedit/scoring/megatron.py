@@ -15,7 +15,7 @@ from megatron_tokedit.engine import checkpoint
 from megatron_tokedit.engine.inference import load_language_model
 from megatron_tokedit.errors import CheckpointError, PriorError
 from megatron_tokedit.scoring.head import OutputHead
-from megatron_tokedit.scoring.load import PriorIdentity, hash_files
+from megatron_tokedit.scoring.identity import PriorIdentity, hash_files
 
 RECIPES = {"float32": "fp32", "bfloat16": "bf16"}
 

@@ -1,0 +1,61 @@
+"""What a prior is, as far as its files tell without building a model.
+
+Invariant: two folders with the same configuration and weights have the same fingerprint, wherever they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_tokedit.errors import PriorError
+
+Backend = Literal["hf", "megatron"]
+UNLIMITED_TOKENS = 1 << 30
+"""``max_context_tokens`` of a model that states no limit."""
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class PriorIdentity:
+    """What a prior is, from its files alone.
+
+    Attributes:
+        path: the folder, as given.
+        backend: ``hf`` or ``megatron``.
+        fingerprint: SHA-256 (hex) over the configuration and the weights.
+        vocab_size: real vocabulary of the model.
+        max_context_tokens: longest input.
+        tokenizer_fingerprint: of the tokenizer it was trained with, where the folder records it.
+        start_id: the id that a document follows in the text it was trained on, where the folder records it (a
+            Megatron checkpoint: the end of the document before); None: as the tokenizer says.
+    """
+
+    path: str
+    backend: Backend
+    fingerprint: str
+    vocab_size: int
+    max_context_tokens: int
+    tokenizer_fingerprint: str | None
+    start_id: int | None = None
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 (hex) over names and contents of files, in constant memory.
+
+    Raises:
+        PriorError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise PriorError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
