@@ -26,6 +26,14 @@ class _RankFilter(logging.Filter):
         return self.rank == 0 or record.levelno >= logging.WARNING
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is at that moment: a redirected stream may be closed later."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module; pass ``__name__``."""
     return logging.getLogger(name if name.startswith(ROOT_NAME) else f"{ROOT_NAME}.{name}")
@@ -41,7 +49,7 @@ def configure(*, quiet: bool = False, rank: int | None = None, world_size: int |
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(rank_label)s%(levelname).1s %(message)s", datefmt="%H:%M:%S")
     )

@@ -29,21 +29,22 @@ class Run:
         precision: PrecisionConfig,
         optimizer: OptimizerConfig,
         seed: int = 7,
+        vocab_size: int = VOCAB_SIZE,
     ) -> None:
         from megatron_tokedit.engine.initialize import initialize
         from megatron_tokedit.engine.model import build_model
         from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler
 
-        self.config, self.precision = model, precision
+        self.config, self.precision, self.vocab_size = model, precision, vocab_size
         self.ctx = initialize(parallel, seed=seed, device="cpu")
         self.model = build_model(
-            model, precision, self.ctx, VOCAB_SIZE, parallel=parallel, wrap_with_ddp=True
+            model, precision, self.ctx, vocab_size, parallel=parallel, wrap_with_ddp=True
         )
         self.optimizer = build_optimizer(optimizer, precision, parallel, self.model, self.ctx)
         schedule = ScheduleConfig(lr_warmup_steps=2)
         self.scheduler = build_scheduler(optimizer, schedule, self.optimizer, train_steps=20)
         self.batches = random_batches(
-            VOCAB_SIZE,
+            vocab_size,
             num_microbatches=NUM_MICROBATCHES,
             micro_batch_size=MICRO_BATCH_SIZE,
             seq_length=model.seq_length,
@@ -87,7 +88,7 @@ class Run:
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            state={"step": step, "vocab_size": VOCAB_SIZE},
+            state={"step": step, "vocab_size": self.vocab_size},
             run_config={"model": self.config.model_dump(), "precision": self.precision.model_dump()},
             ctx=self.ctx,
             **kwargs,
@@ -109,6 +110,7 @@ def start(
     distributed: bool = True,
     recipe: str = "fp32",
     seed: int = 7,
+    vocab_size: int = VOCAB_SIZE,
     **optimizer: Any,
 ) -> Run:
     parallel = ParallelConfig(
@@ -116,9 +118,8 @@ def start(
         pipeline_model_parallel_size=pp,
         use_distributed_optimizer=distributed,
     )
-    return Run(
-        model, parallel, PrecisionConfig(recipe=recipe), OptimizerConfig(**{"lr": 1e-2, **optimizer}), seed
-    )
+    settings = OptimizerConfig(**{"lr": 1e-2, **optimizer})
+    return Run(model, parallel, PrecisionConfig(recipe=recipe), settings, seed, vocab_size)
 
 
 def train_and_save(

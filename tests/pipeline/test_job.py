@@ -120,10 +120,10 @@ def test_workers_give_the_same_bytes(folder, prior):
 
 
 class Killer:
-    """A progress that kills so many of the workers once a few documents are done."""
+    """A progress that kills workers once a few documents are done."""
 
-    def __init__(self, num_workers):
-        self.num_workers = num_workers
+    def __init__(self, victims=slice(None)):
+        self.victims = victims  # of the workers, the one that started first coming first
         self.before = set(psutil.Process().children())
         self.done = 0
 
@@ -135,7 +135,7 @@ class Killer:
         if self.done == 5:
             workers = set(psutil.Process().children()) - self.before
             workers = [child for child in workers if "spawn_main" in " ".join(child.cmdline())]
-            for worker in workers[: self.num_workers]:
+            for worker in sorted(workers, key=psutil.Process.create_time)[self.victims]:
                 worker.kill()
 
     def close(self):
@@ -145,7 +145,7 @@ class Killer:
 def test_dead_workers_are_reported_with_their_units(folder):
     changes = {"workers": 2, "unit_documents": 1}
     with pytest.raises(PlanError, match=r"killed by signal 9 in work unit \d+ \(.*corpus"):
-        job(folder, "out", changes, progress=Killer(2))
+        job(folder, "out", changes, progress=Killer())
     assert 4 <= len(list((folder / "out.work").glob("units/*/*.json"))) < 12
     assert not (folder / "out_text_document.idx").exists()
     job(folder, "out", changes)
@@ -155,12 +155,21 @@ def test_dead_workers_are_reported_with_their_units(folder):
 
 def test_one_dead_worker_lets_the_others_go_on(folder):
     changes = {"workers": 2, "unit_documents": 1}
-    with pytest.raises(PlanError, match=r"^1 work units are not done.*\n  a worker was killed by signal 9"):
-        job(folder, "out", changes, progress=Killer(1))
-    assert len(list((folder / "out.work").glob("units/*/*.json"))) == 39
-    assert job(folder, "out", changes).outcome == "merged"
     job(folder, "whole")
-    assert output_bytes(folder, "out") == output_bytes(folder, "whole")
+    errors = []
+    # one of the two may still be starting, and is then no loss; the other has a unit when it is killed
+    for name, victim in (("first", slice(0, 1)), ("second", slice(1, 2))):
+        try:
+            job(folder, name, changes, progress=Killer(victim))
+        except PlanError as error:
+            errors.append(str(error))
+            assert len(list((folder / f"{name}.work").glob("units/*/*.json"))) == 39
+            assert job(folder, name, changes).outcome == "merged"
+        assert output_bytes(folder, name) == output_bytes(folder, "whole")
+    assert errors
+    for message in errors:
+        assert message.startswith("1 work units are not done")
+        assert "\n  a worker was killed by signal 9 in work unit" in message
 
 
 def test_rerun_of_a_finished_job_does_nothing(folder):

@@ -19,8 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))
 def save_checkpoint(folder, model, vocab_size):
     import engine_cases
 
-    engine_cases.VOCAB_SIZE = vocab_size
-    engine_cases.start(model, tp=2).save(folder, 1)
+    engine_cases.start(model, tp=2, vocab_size=vocab_size).save(folder, 1)
 
 
 def test_a_checkpoint_edits_a_corpus(ranks, tmp_path):
