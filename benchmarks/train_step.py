@@ -1,9 +1,8 @@
 """Our training step against a bare megatron-core loop and a Hugging Face Llama of the same shape, in one run.
 
-    python benchmarks/train_step.py                          # bf16, 4 x 192 Llama, vocabulary 2048, sequence
-    512 python benchmarks/train_step.py --recipe fp32
-    torchrun --nproc-per-node 2 benchmarks/train_step.py --tp 2      # ours against bare under tensor
-    parallelism
+    python benchmarks/train_step.py                 # bf16; 4 x 192 Llama, vocabulary 2048, sequence 512
+    python benchmarks/train_step.py --recipe fp32
+    torchrun --nproc-per-node 2 benchmarks/train_step.py --tp 2      # ours against bare, tensor-parallel
 
 The contestants take turns step by step, so that whatever else the machine does hits all of them; the table
 shows medians and the best step. "Bare" is megatron-core as it comes (its local layer spec with
@@ -40,6 +39,7 @@ from megatron_tokedit.engine.initialize import ParallelContext, initialize  # no
 from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler  # noqa: E402
 from megatron_tokedit.engine.step import train_step  # noqa: E402
 from megatron_tokedit.testing.models import random_batches  # noqa: E402
+from megatron_tokedit.training.throughput import peak_tflops  # noqa: E402
 
 Step = Callable[[], float]
 
@@ -231,6 +231,7 @@ def main() -> None:
     if ctx.world_size == 1:
         contestants["Hugging Face"] = hugging_face(args, model, ctx)
     seconds = measure(contestants, args.steps)
+    limit = (peak_tflops(ctx.device, args.recipe, None) or float("nan")) * ctx.world_size * 1e3
     if ctx.rank == 0:
         tokens = args.microbatches * args.micro_batch_size * args.seq_length * ctx.dp_size
         flops = engine_model.flops_per_token(model, args.vocab_size)
@@ -248,6 +249,10 @@ def main() -> None:
                 f"{name:20}{tokens / median:10.0f}{tokens / min(values):10.0f}"
                 f"{tokens / median * flops / 1e9:10.1f}{median / base:11.2f}x"
             )
+        share = tokens / base * flops / 1e9 / limit
+        print(
+            f"limit: matrix products at {limit:.0f} GFLOP/s on all ranks, measured in this run; ours {share:.0%}"
+        )
     ctx.destroy()
 
 
