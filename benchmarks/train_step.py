@@ -250,9 +250,7 @@ def main() -> None:
                 f"{tokens / median * flops / 1e9:10.1f}{median / base:11.2f}x"
             )
         share = tokens / base * flops / 1e9 / limit
-        print(
-            f"limit: matrix products at {limit:.0f} GFLOP/s on all ranks, measured in this run; ours {share:.0%}"
-        )
+        print(f"limit: {limit:.0f} GFLOP/s in matrix products on all ranks, measured now; ours: {share:.0%}")
     ctx.destroy()
 
 
