@@ -27,6 +27,7 @@ from report import write_report
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOKENIZER_TYPE = "SentencePieceTokenizer"
+PYTHON = os.path.relpath(sys.executable, ROOT) if sys.prefix.startswith(str(ROOT)) else sys.executable
 ARMS = ("original", "edited")
 
 
@@ -67,13 +68,10 @@ class Stages:
 def run_command(*words: object, threads: int = 1) -> None:
     """Print a command as it could be typed, run it from the project's root, stop where it fails."""
     argv = [str(word) for word in words]
-    print(
-        "$ " + shlex.join(os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in argv),
-        flush=True,
-    )
+    print("$ " + shlex.join(argv), flush=True)
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    status = subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode
+    status = subprocess.run(argv, env=environment, check=False).returncode
     if status:
         raise SystemExit(
             f"the command above failed with exit code {status}; `make quickstart` goes on from here"
@@ -107,20 +105,19 @@ def train_tokenizer(corpus: list[Path], folder: Path, vocab_size: int) -> dict:
 
 
 def preprocess(prefix: Path, inputs: list[Path], model: Path, *flags: object) -> None:
-    """Run tools/preprocess_edit.py with this machine's cores."""
+    """Run tools/preprocess_edit.py."""
     run_command(
-        *(sys.executable, "tools/preprocess_edit.py", "--input", *inputs, "--output-prefix", prefix),
-        *("--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", model, "--append-eod"),
-        *("--workers", os.cpu_count() or 1, *flags),
+        *(PYTHON, "tools/preprocess_edit.py", "--input", *inputs, "--output-prefix", prefix),
+        *("--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", model, "--append-eod", *flags),
     )
 
 
 def train(config: str, ranks: int, *overrides: str) -> None:
     """Run tools/train.py under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun = [PYTHON, "-m", "torch.distributed.run"]
     run_command(
         *(*torchrun, "--standalone", "--nproc-per-node", ranks, "tools/train.py"),
-        *("--config", HERE / config, *overrides),
+        *("--config", HERE.relative_to(ROOT) / config, *overrides),
     )
 
 
@@ -151,8 +148,10 @@ def main() -> None:
     if arguments.input is not None and not arguments.input.is_file():
         raise SystemExit(f"no such file: {arguments.input}")
     start = time.monotonic()
-    out = arguments.output_dir.resolve()
     user_input = arguments.input.resolve() if arguments.input else None
+    out = arguments.output_dir.resolve()
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    os.chdir(ROOT)  # so that the commands below read as they would be typed there
     stages = Stages(out)
     corpus, data, edited = out / "corpus", out / "data", out / "edited"
     model_file = out / "tokenizer" / "tokenizer.model"
@@ -216,7 +215,7 @@ def main() -> None:
         list(counts),
         [out / "perplexity.json"],
         lambda: run_command(
-            *(sys.executable, "tools/evaluate.py", "perplexity"),
+            *(PYTHON, "tools/evaluate.py", "perplexity"),
             *("--checkpoint", *(out / f"model-{arm}" for arm in ARMS)),
             *("--data", *(f"{domain}={data}/heldout-{domain}_text_document" for domain in counts)),
             *("--output", out / "perplexity.json"),
@@ -224,7 +223,7 @@ def main() -> None:
         ),
     )
     print(write_report(out, ARMS, stages.seconds))
-    print(f"\n{time.monotonic() - start:.0f} s in all. Every file is in {os.path.relpath(out)}")
+    print(f"\n{time.monotonic() - start:.0f} s in all. Every file is in {out}")
 
 
 if __name__ == "__main__":
