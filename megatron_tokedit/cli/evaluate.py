@@ -74,6 +74,7 @@ def _open_domains(pairs: Sequence[str]) -> dict[str, IndexedDataset]:
         if name in domains:
             raise ConfigError(f"--data: the name {name!r} is given twice")
         domains[name] = IndexedDataset(prefix.removesuffix(".bin").removesuffix(".idx"))
+        domains[name].refuse_truncated()
     return domains
 
 
@@ -135,6 +136,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         names = list(arguments.checkpoints)
     print(as_table(results, names))
+    print("perplexity a token; average: mean of the rows" + ("; *: lowest of its row" if names[1:] else ""))
     if arguments.output:
         path = Path(arguments.output)
         path.parent.mkdir(parents=True, exist_ok=True)

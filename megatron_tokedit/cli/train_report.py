@@ -131,6 +131,7 @@ def _sizes(config: RunConfig, data_parallel: int, vocab_size: int | None) -> Ite
 def _data(config: RunConfig, spec: Mapping[str, Any] | None, problems: list[str]) -> Iterator[str]:
     """The table of sources, and what has to be made first."""
     from megatron_tokedit.cli.train_sources import outdated_sources
+    from megatron_tokedit.config.raw_sources import preprocessing_of
     from megatron_tokedit.corpus import expand_inputs
     from megatron_tokedit.dataset.sources import format_shares, inspect_sources, source_shares
 
@@ -138,6 +139,11 @@ def _data(config: RunConfig, spec: Mapping[str, Any] | None, problems: list[str]
         yield f"to be made first: {source.prefix} from {', '.join(source.input or [])}"
         try:
             expand_inputs(source.input or [])
+            job = preprocessing_of(source, config.tokenizer)
+            if job.edits and job.prior is not None:
+                from megatron_tokedit.scoring.load import identify_prior  # imports torch
+
+                identify_prior(job.prior, job.prior_backend)
         except TokeditError as error:
             problems.append(f"source {source.name}: {error}")
     problems += outdated_sources(config)

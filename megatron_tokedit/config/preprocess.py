@@ -89,6 +89,19 @@ class PreprocessConfig(Section):
         """Whether a prior is needed at all."""
         return self.edit_strategy != "none"
 
+    @property
+    def idle_settings(self) -> list[str]:
+        """Settings that were given but have no effect because nothing is edited."""
+        fields = type(self).model_fields
+        return [
+            name
+            for name in sorted(self.model_fields_set)
+            if not self.edits
+            and name.startswith(("edit_", "prior"))
+            and name != "edit_strategy"
+            and getattr(self, name) != fields[name].default
+        ]
+
     def faults(self) -> Iterator[str]:
         """What is wrong with the settings taken together."""
         for name, values in NOT_YET.items():

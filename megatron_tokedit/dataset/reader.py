@@ -59,6 +59,21 @@ class IndexedDataset:
         """Token ids in ``.bin``."""
         return len(self.tokens)
 
+    def refuse_truncated(self) -> None:
+        """Compare the end of the last sequence with the size of ``.bin``, without a pass over the data.
+
+        Raises:
+            DataFormatError: ``.bin`` is shorter than the index says.
+        """
+        if not self.num_sequences:
+            return
+        end = int(self.sequence_pointers[-1]) // self.dtype.itemsize + int(self.sequence_lengths[-1])
+        if end > self.num_tokens:
+            raise DataFormatError(
+                f"{self.prefix}.bin: has {self.num_tokens} tokens, its index says {end}; it is truncated, "
+                "preprocess the corpus again or copy it anew"
+            )
+
     def sequence(self, index: int) -> npt.NDArray[np.integer]:
         """The ids of sequence ``index``, a read-only view ``[length]``."""
         first = int(self.sequence_pointers[index]) // self.dtype.itemsize

@@ -115,6 +115,7 @@ def _inspect(source: SourceConfig, tokenizer_spec: Mapping[str, Any], seq_length
             f"the source its raw text as `input`"
         )
     dataset = IndexedDataset(source.prefix)
+    dataset.refuse_truncated()
     manifest = read_manifest(source.prefix)
     if manifest is None:
         logger.warning(

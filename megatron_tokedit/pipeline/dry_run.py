@@ -5,6 +5,7 @@ Invariant: no file is written; every problem is reported, not only the first.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,17 +15,21 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.corpus import read_unit
 from megatron_tokedit.dataset import best_dtype
 from megatron_tokedit.errors import PlanError, TokeditError
 from megatron_tokedit.pipeline.job import refuse_overwriting
 from megatron_tokedit.pipeline.merge import is_complete, output_files
 from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changes
 from megatron_tokedit.pipeline.resources import PriorPlan, find_prior
+from megatron_tokedit.pipeline.unit import check_bad_lines
 from megatron_tokedit.pipeline.workdir import WorkDir
 from megatron_tokedit.pipeline.workers import count_workers
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 Value = TypeVar("Value")
+_SAMPLE_DOCUMENTS = 100
+"""Documents of each input file that a dry run reads."""
 
 
 @dataclass(slots=True)
@@ -68,6 +73,8 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
         prior = report.attempt(lambda: find_prior(config, tokenizer))
         plan = report.attempt(lambda: make_plan(config, tokenizer, prior, recorded))
         report.lines += _describe(config, tokenizer, prior, plan)
+    if plan is not None:
+        report.attempt(lambda: _check_first_documents(config, plan))
     report.attempt(lambda: _check_output(config, workdir))
     if plan is not None and recorded is not None and not report.problems:
         report.attempt(lambda: refuse_changes(recorded, plan, workdir.plan))
@@ -107,6 +114,22 @@ def _describe(
 def _method(plan: Plan | None) -> dict[str, object]:
     """The edit settings of a plan."""
     return dict(plan.settings["edit"]) if plan is not None else {}
+
+
+def _check_first_documents(config: PreprocessConfig, plan: Plan) -> None:
+    """Read the first documents of every input file.
+
+    Raises:
+        DataFormatError: more of their lines are bad than allowed.
+    """
+    bad: list[str] = []
+    for path in {unit.path: None for unit in plan.units}:
+        first = next(unit for unit in plan.units if unit.path == path)
+        documents = read_unit(first, config.json_keys, on_bad=lambda line: bad.append(str(line)))
+        for _ in itertools.islice(documents, _SAMPLE_DOCUMENTS):
+            if len(bad) > config.max_bad_lines:
+                break
+        check_bad_lines(len(bad), bad, config.max_bad_lines)
 
 
 def _check_output(config: PreprocessConfig, workdir: WorkDir) -> None:

@@ -77,6 +77,8 @@ def run(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core; --workers says how many
     workdir = WorkDir(config.output_prefix)
+    if idle := config.idle_settings:
+        logger.warning("edit_strategy none edits nothing: %s without effect", ", ".join(idle))
     tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
     prior = find_prior(config, tokenizer, only_merges=stage == "merge")
     prefixes = {key: workdir.output(key) for key in config.json_keys}
@@ -134,7 +136,7 @@ def _establish_plan(
     with workdir.lock("plan"):
         recorded = None if restart else load_plan(workdir.plan)
         plan = make_plan(config, tokenizer, prior, recorded)
-        if recorded is not None:
+        if recorded is not None and not workdir.is_untouched():
             refuse_changes(recorded, plan, workdir.plan)
             return plan
         if restart:

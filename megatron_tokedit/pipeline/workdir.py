@@ -69,6 +69,17 @@ class WorkDir:
         """A thousand units a folder."""
         return f"{self.units}/{unit_id // 1000:04d}/{unit_id:07d}"
 
+    def is_untouched(self) -> bool:
+        """Whether no unit is done and no process is at work, so that nothing hangs on the recorded plan."""
+        if self.complete.exists() or any(self.units.glob("*/*.json")):
+            return False
+        with open(self.root / "units.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+        return True
+
     def make(self) -> None:
         """Make the folder.
 

@@ -30,13 +30,13 @@ def detect_backend(path: str) -> Backend:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise PriorError(f"prior {path}: no such folder")
+        raise PriorError(f"{path}: no such folder")
     if (folder / "config.json").is_file():
         return "hf"
     if any((folder / name).exists() for name in ("COMPLETE.json", "latest", "checkpoints")):
         return "megatron"
     raise PriorError(
-        f"prior {path}: neither a Hugging Face model folder (no config.json) nor a Megatron checkpoint "
+        f"{path}: neither a Hugging Face model folder (no config.json) nor a Megatron checkpoint "
         "(a step folder with COMPLETE.json, or a run folder with checkpoints/)"
     )
 

@@ -117,6 +117,20 @@ def test_dry_run_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFix
     assert "3 problem(s)" in shown
 
 
+def test_dry_run_looks_for_the_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit = ("data.train.0.edit.edit_strategy=up_revise", "data.train.0.edit.prior=/no/such/prior")
+    assert main(tiny(tmp_path, *edit, "--dry-run")) == 1
+    assert "source docs: /no/such/prior: no such folder" in capsys.readouterr().out
+
+
+def test_a_truncated_dataset_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tiny(tmp_path, "--prepare")) == 0
+    with (tmp_path / "data" / "corpus_text_document.bin").open("r+b") as file:
+        file.truncate(40_000)
+    assert main(tiny(tmp_path, "--dry-run")) == 1
+    assert "corpus_text_document.bin: has 20000 tokens, its index says 31026" in capsys.readouterr().out
+
+
 def test_prepare_then_dry_run_then_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(tiny(tmp_path, "parallel.tensor_model_parallel_size=2", "--prepare")) == 0
     assert (tmp_path / "data" / "corpus_text_document.idx").is_file()

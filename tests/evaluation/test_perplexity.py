@@ -166,3 +166,15 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(
     small = write_hf_llama(tmp_path / "small", vocab_size=64)
     assert main(["perplexity", "--checkpoint", str(small), "--data", f"a={model_and_data[1]}"]) == 1
     assert "vocabulary only 64" in capsys.readouterr().err
+
+
+def test_a_truncated_dataset_is_refused(
+    model_and_data: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, prefix = model_and_data
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        (tmp_path / f"cut{suffix}").write_bytes(Path(f"{prefix}{suffix}").read_bytes())
+    with (tmp_path / "cut.bin").open("r+b") as file:
+        file.truncate(100)
+    assert main(["perplexity", "--checkpoint", str(model), "--data", f"a={tmp_path}/cut"]) == 1
+    assert "cut.bin: has 50 tokens" in capsys.readouterr().err
