@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "--overlap",
         type=int,
         metavar="N",
-        help="tokens of a window that are context only (default: a quarter)",
+        help="of them context only (default: 512, or a quarter)",
     )
     scoring.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     scoring.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
