@@ -147,10 +147,6 @@ class Editor:
             num_resampled=len(resampled_R),
         )
 
-    def is_special(self, ids_T: Int32) -> npt.NDArray[np.bool_]:
-        """Which ids are special: bool ``[T]``."""
-        return self._is_special_V[ids_T]
-
     def _protect(self, actions_T: npt.NDArray[np.int8], ids_T: Int32, starts: Int64) -> None:
         """Set to KEEP, in place, what may not be touched."""
         actions_T[self._is_special_V[ids_T]] = Action.KEEP
