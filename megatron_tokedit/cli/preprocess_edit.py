@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_corpus_arguments(parser.add_argument_group("corpus, as in Megatron-LM's preprocess_data.py"))
     _add_edit_arguments(parser.add_argument_group("editing"))
     _add_prior_arguments(parser.add_argument_group("prior"))
+    _add_output_arguments(parser.add_argument_group("training tokenizer, where it is not the prior's"))
     _add_job_arguments(parser.add_argument_group("job"))
     add_common_arguments(parser)
     return parser
@@ -78,18 +79,29 @@ def _add_edit_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--edit-threshold", type=float, metavar="P", help="default: 0.99")
     group.add_argument("--edit-low-threshold", type=float, metavar="P", help="default: 0.001")
     group.add_argument("--edit-sampler", choices=("top_k", "top_p", "rejection"), help="default: top_k")
-    group.add_argument("--edit-top-k", type=int, metavar="K", help="default: 8")
+    group.add_argument("--edit-top-k", type=int, metavar="K", help="default: 8; for top_p: no bound")
+    group.add_argument("--edit-top-p", type=float, metavar="P", help="of the sampler top_p (default: 0.9)")
     group.add_argument(
         "--edit-temperature", type=float, metavar="T", help="default: 1.5; low_drop_up_revise: 1.0"
     )
     group.add_argument(
         "--edit-exclude-original", action="store_true", help="never draw the original token again"
     )
-    group.add_argument("--edit-generations", type=int, metavar="N", help="default: 1")
+    group.add_argument(
+        "--edit-generations",
+        type=int,
+        metavar="N",
+        help="edit the edited corpus again, N edits in all (default: 1); the last is PREFIX_KEY_document, "
+        "the others PREFIX_KEY_generationI_document",
+    )
+    group.add_argument(
+        "--edit-config", metavar="FILE.yaml", help="free rules and a sampler, instead of the flags above"
+    )
     group.add_argument(
         "--special-tokens-in-text",
         choices=("encode", "split", "error"),
-        help="text that spells a control token (default: encode, as Megatron-LM does)",
+        help="text that spells a control token becomes that token (encode, the default, as in Megatron-LM), "
+        "becomes ordinary text (split), or stops the job (error)",
     )
 
 
@@ -118,6 +130,18 @@ def _add_prior_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    """Decoding and encoding again."""
+    group.add_argument("--output-tokenizer-type", choices=TOKENIZER_TYPES)
+    group.add_argument("--output-tokenizer-model", metavar="PATH")
+    group.add_argument(
+        "--output-round-trip",
+        choices=("original", "decoded", "drop"),
+        help="a document that --tokenizer-model does not give back exactly: write the original text unedited "
+        "(default), what the edited ids spell, or drop it",
+    )
+
+
 def _add_job_arguments(group: argparse._ArgumentGroup) -> None:
     """How the work is divided, and what may go wrong."""
     units = group.add_mutually_exclusive_group()
@@ -133,7 +157,9 @@ def _add_job_arguments(group: argparse._ArgumentGroup) -> None:
         "--restart", action="store_true", help="discard what an earlier run of this prefix recorded and did"
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="print the plan and every problem; touch nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the plan, every problem, and the cost as a sample scored here tells it; touch nothing",
     )
 
 
@@ -181,6 +207,8 @@ def _print_result(result: Result) -> None:
                 f"({edit.changed / max(edit.eligible, 1):.2%} of eligible); "
                 f"dropped {edit.dropped}; perplexity {edit.perplexity or float('nan'):.2f}"
             )
+            if edit.undone:
+                print(f"  undone {edit.undone} edits that would have made invalid UTF-8")
 
 
 class BarProgress:

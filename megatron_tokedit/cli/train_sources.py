@@ -61,7 +61,7 @@ def outdated_sources(config: RunConfig) -> list[str]:
 def _origins(manifest: Manifest, job: PreprocessConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the dataset was made from, as recorded and as configured."""
     from megatron_tokedit.corpus import expand_inputs
-    from megatron_tokedit.pipeline.resources import edit_settings
+    from megatron_tokedit.pipeline.method import edit_settings
 
     recorded: dict[str, Any] = {"append_eod": manifest.append_eod, "edit": manifest.edit}
     wanted: dict[str, Any] = {"append_eod": job.append_eod, "edit": edit_settings(job) if job.edits else None}

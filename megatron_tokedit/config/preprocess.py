@@ -1,8 +1,8 @@
 """Every setting of ``tools/preprocess_edit.py``, under its flag's name with underscores.
 
 The command line and the ``edit:`` mapping of a training source make the same section, so both have the same
-defaults and the same checks. Invariant: all faults are reported together, and a value that this version
-cannot honour is refused rather than replaced.
+defaults and the same checks. Invariant: all faults are reported together, a value that this version cannot
+honour is refused rather than replaced, and a setting that has no effect is named.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from megatron_tokedit.config.base import Section
+from megatron_tokedit.config.edit_file import read_edit_file
 from megatron_tokedit.errors import ConfigError
 
-NOT_YET = {
-    "edit_sampler": ("top_p", "rejection"),
-    "special_tokens_in_text": ("split", "error"),
-    "prior_dtype": ("float16", "fp8"),
-}
+NOT_YET = {"prior_dtype": ("fp8",)}
 """Values of the command-line contract that this version refuses."""
+DEFAULT_TOP_K = 8
+DEFAULT_TEMPERATURE = {"low_drop_up_revise": 1.0}
+"""The temperature that a preset's authors used, where it is not 1.5."""
 
 
 class PreprocessConfig(Section):
@@ -44,18 +44,36 @@ class PreprocessConfig(Section):
     log_interval: PositiveInt = 1000
     """Documents between two log lines."""
 
+    output_tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] | None = None
+    """The training tokenizer, where it differs from the prior's: edited documents are decoded and encoded
+    again.
+    """
+    output_tokenizer_model: str | None = None
+    output_round_trip: Literal["original", "decoded", "drop"] = "original"
+    """A document that the prior's tokenizer does not give back exactly when it is not edited: write its
+    ``original`` text unedited, or what is ``decoded`` from the edited ids, or ``drop`` it; all are counted.
+    """
+
     edit_strategy: Literal["none", "up_revise", "low_drop_up_revise", "filtering"] = "up_revise"
     edit_threshold: float = Field(0.99, ge=0.0, le=1.0)
     """Tokens with p >= this are resampled."""
     edit_low_threshold: float = Field(0.001, ge=0.0, le=1.0)
     """Tokens with p < this are dropped, in the strategies that drop."""
     edit_sampler: Literal["top_k", "top_p", "rejection"] = "top_k"
-    edit_top_k: PositiveInt = 8
+    edit_top_k: PositiveInt | None = None
+    """Most probable tokens to draw from; default 8, and no bound for the sampler top_p."""
+    edit_top_p: float = Field(0.9, gt=0.0, le=1.0)
+    """The sampler top_p draws from the fewest tokens that have this probability at the temperature."""
     edit_temperature: PositiveFloat | None = None
-    """Default: the preset's, 1.5 for up_revise and 1.0 for low_drop_up_revise."""
+    """Default: the preset's, 1.5 for up_revise and 1.0 for low_drop_up_revise; 1.5 for free rules. The
+    sampler rejection calls it beta.
+    """
     edit_exclude_original: bool = False
     """Never draw the original token again."""
     edit_generations: PositiveInt = 1
+    """The edited corpus is edited again until this many edits are done; every one is a dataset."""
+    edit_rules: list[dict[str, Any]] | None = None
+    """Ordered rules (action, conditions on p) instead of a strategy; what ``--edit-config`` reads."""
 
     prior: str | None = None
     """A Hugging Face model folder or a Megatron checkpoint folder."""
@@ -87,20 +105,52 @@ class PreprocessConfig(Section):
     @property
     def edits(self) -> bool:
         """Whether a prior is needed at all."""
-        return self.edit_strategy != "none"
+        return self.edit_rules is not None or self.edit_strategy != "none"
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy; ``rules`` for a free list of rules."""
+        return self.edit_strategy if self.edit_rules is None else "rules"
+
+    @property
+    def temperature(self) -> float:
+        """The sampler's temperature, the strategy's default filled in."""
+        return self.edit_temperature or DEFAULT_TEMPERATURE.get(self.strategy, 1.5)
+
+    @property
+    def top_k(self) -> int | None:
+        """Candidates of a draw, the sampler's default filled in; None: no bound."""
+        return self.edit_top_k or (None if self.edit_sampler == "top_p" else DEFAULT_TOP_K)
 
     @property
     def idle_settings(self) -> list[str]:
-        """Settings that were given but have no effect because nothing is edited."""
+        """Settings that were given, other than by their defaults, and have no effect."""
         fields = type(self).model_fields
-        return [
-            name
-            for name in sorted(self.model_fields_set)
-            if not self.edits
-            and name.startswith(("edit_", "prior"))
-            and name != "edit_strategy"
-            and getattr(self, name) != fields[name].default
-        ]
+        given = {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
+        return sorted(given & set(self._idle()))
+
+    def _idle(self) -> Iterator[str]:
+        """Names of settings that the others leave without effect."""
+        if not self.edits:
+            names = type(self).model_fields.keys() - {"edit_strategy"}
+            yield from (name for name in names if name.startswith(("edit_", "prior")))
+            return
+        strategy = self.strategy
+        if strategy == "rules":
+            yield from ("edit_strategy", "edit_threshold", "edit_low_threshold")
+        if strategy == "up_revise":
+            yield "edit_low_threshold"
+        if strategy == "filtering":
+            yield from ("edit_threshold", "edit_sampler", "edit_top_k", "edit_top_p", "edit_temperature")
+            yield "edit_exclude_original"
+        if self.edit_sampler != "top_p":
+            yield "edit_top_p"
+        if self.output_tokenizer_model is None:
+            yield "output_round_trip"
+
+    def dataset_names(self, key: str) -> list[str]:
+        """Names of a key's datasets, one a generation; the last has the key's own."""
+        return [*(f"{key}_generation{number}" for number in range(1, self.edit_generations)), key]
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the settings taken together."""
@@ -110,13 +160,9 @@ class PreprocessConfig(Section):
                 allowed = type(self).model_fields[name].annotation.__args__  # type: ignore[union-attr]
                 usable = [choice for choice in allowed if choice not in values]
                 yield f"{name}={value}: not available yet in this version; available: {', '.join(usable)}"
-        if self.edit_generations > 1:
-            yield (
-                f"edit_generations={self.edit_generations}: more than one generation is not available yet in "
-                "this version; edit the corpus again in a second run"
-            )
         if self.edits and self.prior is None:
-            yield f"prior: missing; edit_strategy={self.edit_strategy} needs one (or give edit_strategy none)"
+            yield f"prior: missing; edit_strategy={self.strategy} needs one (or give edit_strategy none)"
+        yield from self._output_tokenizer_faults()
         if self.unit_documents is not None and self.unit_bytes is not None:
             yield "unit_documents and unit_bytes: give one of them"
         if len(set(self.json_keys)) != len(self.json_keys):
@@ -124,10 +170,25 @@ class PreprocessConfig(Section):
         for key in self.json_keys:
             if "/" in key or not key:
                 yield f"json_keys: {key!r} cannot be part of a file name"
-        if self.edit_strategy == "low_drop_up_revise" and self.edit_low_threshold > self.edit_threshold:
+            for name in self.dataset_names(key)[:-1]:
+                if name in self.json_keys:
+                    yield f"json_keys: {name} is also the name of an earlier generation of {key}"
+        if self.edit_generations > 1 and not self.edits:
+            yield f"edit_generations={self.edit_generations}: edit_strategy none edits nothing"
+        if self.strategy == "low_drop_up_revise" and self.edit_low_threshold > self.edit_threshold:
             yield (
                 f"edit_low_threshold={self.edit_low_threshold}: above edit_threshold={self.edit_threshold}; "
                 "expected it below"
+            )
+
+    def _output_tokenizer_faults(self) -> Iterator[str]:
+        """What is wrong with the output tokenizer's settings."""
+        if (self.output_tokenizer_type is None) != (self.output_tokenizer_model is None):
+            yield "output_tokenizer_type and output_tokenizer_model: give both or none"
+        elif self.output_tokenizer_model is not None and not self.edits:
+            yield (
+                "output_tokenizer_model: where nothing is edited there is one tokenizer only; give it as "
+                "tokenizer_type and tokenizer_model"
             )
 
 
@@ -142,6 +203,8 @@ def preprocess_config(settings: Mapping[str, Any], *, origin: str = "preprocess"
         ConfigError: one message with every fault.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    if "edit_config" in given:
+        given = _with_edit_file(given, origin)
     try:
         config = PreprocessConfig.model_validate(given, strict=True)
     except ValidationError as error:
@@ -149,6 +212,21 @@ def preprocess_config(settings: Mapping[str, Any], *, origin: str = "preprocess"
     if faults := list(config.faults()):
         raise _all_faults(origin, faults)
     return config
+
+
+def _with_edit_file(given: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Settings with the content of ``edit_config``, which stands instead of the single settings.
+
+    Raises:
+        ConfigError: the file is unusable, or a setting is given beside it that belongs into it.
+    """
+    path = given.pop("edit_config")
+    beside = sorted(name for name in given if name.startswith("edit_"))
+    if beside:
+        raise _all_faults(
+            origin, [f"{name}: edit_config={path} takes its place; write it there" for name in beside]
+        )
+    return given | read_edit_file(path)
 
 
 def _all_faults(origin: str, faults: list[str]) -> ConfigError:

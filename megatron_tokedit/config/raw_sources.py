@@ -15,11 +15,17 @@ _GIVEN_ELSEWHERE = {
     "output_prefix": "the source's `prefix`",
     "tokenizer_type": "tokenizer.type",
     "tokenizer_model": "tokenizer.model",
+    "output_tokenizer_type": "tokenizer.type",
+    "output_tokenizer_model": "tokenizer.model",
 }
+_PRIOR_TOKENIZER = ("prior_tokenizer_type", "prior_tokenizer_model")
 
 
 def preprocessing_of(source: SourceConfig, tokenizer: TokenizerConfig) -> PreprocessConfig:
     """The preprocessing job of a source with ``input``.
+
+    ``prior_tokenizer_type`` and ``prior_tokenizer_model`` in ``edit`` name the prior's tokenizer where it is
+    not the run's; the edited text is then encoded again.
 
     Raises:
         ConfigError: a setting of ``edit`` is unknown, wrong, or belongs elsewhere.
@@ -37,6 +43,9 @@ def preprocessing_of(source: SourceConfig, tokenizer: TokenizerConfig) -> Prepro
         "tokenizer_type": tokenizer.type,
         "tokenizer_model": tokenizer.model,
     }
+    if any(name in settings for name in _PRIOR_TOKENIZER):
+        settings |= {"output_tokenizer_type": tokenizer.type, "output_tokenizer_model": tokenizer.model}
+        settings |= {name.removeprefix("prior_"): settings.pop(name, None) for name in _PRIOR_TOKENIZER}
     return preprocess_config(settings, origin="settings")
 
 

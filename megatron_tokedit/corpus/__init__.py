@@ -8,7 +8,7 @@ Formats by suffix: ``.jsonl``, ``.ndjson`` and ``.json`` (one JSON object a line
 where that never occurs every line is a document. ``InputFile.format`` says which rule applied.
 """
 
-from megatron_tokedit.corpus.document import BadLine, Document, InputFile, WorkUnit
+from megatron_tokedit.corpus.document import BadLine, Document, InputFile, UnitPart, WorkUnit
 from megatron_tokedit.corpus.inputs import expand_inputs
 from megatron_tokedit.corpus.plan import DEFAULT_UNIT_BYTES, plan_units
 from megatron_tokedit.corpus.read import read_unit
@@ -18,6 +18,7 @@ __all__ = [
     "BadLine",
     "Document",
     "InputFile",
+    "UnitPart",
     "WorkUnit",
     "expand_inputs",
     "plan_units",

@@ -1,23 +1,27 @@
 """The nouns of reading: a document, a line that is none, an input file, a work unit.
 
-Invariant: all are frozen; ``InputFile`` and ``WorkUnit`` survive JSON unchanged, so a plan can be stored.
+Invariant: all are frozen; ``InputFile`` and ``WorkUnit`` survive JSON unchanged, so a plan can be stored. A
+plan holds one :class:`InputFile` and at least one :class:`UnitPart` for every file, so both are slim.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 
 class _JsonRecord:
-    """``to_json`` and ``from_json`` for flat dataclasses of strings and integers."""
+    """``to_json`` and ``from_json`` for flat dataclasses, with slots, of strings and integers."""
+
+    __slots__: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can hold."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """Rebuild from :meth:`to_json`."""
         return cls(**fields)
 
@@ -43,17 +47,26 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line, row or text that could not be read as a document, and why."""
+    """A line, row or text that could not be read as a document, and why.
+
+    Attributes:
+        path: the input file.
+        line: as :attr:`Document.line`.
+        reason: what is wrong with it.
+        num_bytes: bytes of the record as it stands in the (decompressed) file, its line end or separator
+            included, a byte order mark not; for parquet those of the wanted columns' strings.
+    """
 
     path: str
     line: int
     reason: str
+    num_bytes: int
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.reason}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile(_JsonRecord):
     """What a scan found in one input file.
 
@@ -77,30 +90,69 @@ class InputFile(_JsonRecord):
     num_blank: int
 
 
-@dataclass(frozen=True)
-class WorkUnit(_JsonRecord):
-    """A run of documents of one input file, the unit of work and of restart.
+@dataclass(frozen=True, slots=True)
+class UnitPart(_JsonRecord):
+    """A run of documents of one input file.
 
     Attributes:
-        unit_id: 0-based over all inputs.
         path: the input file.
         format: as in :class:`InputFile`.
         compression: as in :class:`InputFile`.
         start: first byte of the (decompressed) file, or first row of a parquet file.
         stop: one past the last.
         first_line: the :attr:`Document.line` that ``start`` is.
-        first_document: 0-based ordinal over all inputs of the unit's first document.
-        num_documents: documents in the unit, bad lines included, blank lines not.
-        num_bytes: size of the unit's text, approximate for parquet; for balancing and progress.
+        num_documents: documents in the part, bad lines included, blank lines not.
+        num_bytes: size of the part's text, approximate for parquet; for balancing and progress.
     """
 
-    unit_id: int
     path: str
     format: str
     compression: str
     start: int
     stop: int
     first_line: int
+    num_documents: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """A run of documents over one or several input files, the unit of work and of restart.
+
+    Attributes:
+        unit_id: 0-based over all inputs.
+        parts: at least one, in the order of the inputs; a small file is a part, a big one has many.
+        first_document: 0-based ordinal over all inputs of the unit's first document.
+        num_documents: documents of all parts.
+        num_bytes: bytes of all parts.
+    """
+
+    unit_id: int
+    parts: tuple[UnitPart, ...]
     first_document: int
     num_documents: int
     num_bytes: int
+
+    @property
+    def where(self) -> str:
+        """The unit's place in the input, for messages."""
+        first, last = self.parts[0], self.parts[-1]
+        noun = {"parquet": "row", "text_separated": "document"}.get(first.format, "line")
+        place = f"{first.path}, from {noun} {first.first_line}"
+        return place if last.path == first.path else f"{place}, to {last.path}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return {
+            "unit_id": self.unit_id,
+            "first_document": self.first_document,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
+            "parts": [part.to_json() for part in self.parts],
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> WorkUnit:
+        """Rebuild from :meth:`to_json`."""
+        parts = tuple(UnitPart.from_json(part) for part in fields["parts"])
+        return cls(**{**fields, "parts": parts})

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from megatron_tokedit.corpus.document import InputFile, WorkUnit
+from megatron_tokedit.corpus.document import InputFile, UnitPart
 from megatron_tokedit.corpus.streams import CHUNK_BYTES, HashingFile, reading
 from megatron_tokedit.corpus.units import UnitBuilder
 from megatron_tokedit.errors import DataFormatError
@@ -37,30 +37,47 @@ def scan_parquet(path: str, builder: UnitBuilder) -> InputFile:
         num_rows, text_bytes = file.metadata.num_rows, sum(group.total_byte_size for group in groups)
     if num_rows != sum(group.num_rows for group in groups):
         raise DataFormatError(f"{path}: is damaged: its row groups do not add up to its {num_rows} rows")
-    builder.format = "parquet"
-    builder.add_rows(num_rows, text_bytes)
+    builder.begin_file(path, "parquet", "none")
+    builder.add_rows(num_rows, max(1, text_bytes // max(1, num_rows)))
+    builder.end_file()
     return InputFile(path, "parquet", "none", hashing.num_bytes, hashing.sha256, num_rows, 0)
 
 
-def iter_rows(unit: WorkUnit, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the 1-based row number and the wanted columns' scalars, for every row of the unit.
+def iter_rows(part: UnitPart, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the 1-based row number and the wanted columns' scalars, for every row of the part.
 
     Raises:
         DataFormatError: a column is missing or holds neither strings nor lists of strings, or the file is
             damaged.
     """
-    with _open(unit.path) as file:
-        _check_columns(unit.path, file.schema_arrow, keys)
-        groups, row = _row_groups(file.metadata, unit.start, unit.stop)
+    with _open(part.path) as file:
+        _check_columns(part.path, file.schema_arrow, keys)
+        groups, row = _row_groups(file.metadata, part.start, part.stop)
         batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(keys), use_threads=False)
-        for batch in _damage_reported(unit.path, batches):
-            skip = max(0, unit.start - row)
-            wanted = batch.slice(skip, max(0, unit.stop - row - skip))
+        for batch in _damage_reported(part.path, batches):
+            skip = max(0, part.start - row)
+            wanted = batch.slice(skip, max(0, part.stop - row - skip))
             first = row + skip + 1
             row += batch.num_rows
             columns = {key: wanted.column(key) for key in keys}
             for index in range(wanted.num_rows):
                 yield first + index, {key: column[index] for key, column in columns.items()}
+
+
+def num_row_bytes(row: dict[str, Any]) -> int:
+    """Count the bytes of a row's strings, valid UTF-8 or not."""
+    return sum(map(_num_bytes, row.values()))
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of a pyarrow scalar that is a string, a list of strings or null."""
+    if not value.is_valid:
+        return 0
+    if isinstance(value, pyarrow.DictionaryScalar):
+        return _num_bytes(value.value)
+    if isinstance(value, pyarrow.ListScalar):
+        return sum(map(_num_bytes, value.values))
+    return int(value.as_buffer().size)
 
 
 def _open(path: str) -> pyarrow.parquet.ParquetFile:

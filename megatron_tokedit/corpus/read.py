@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron_tokedit.corpus.document import BadLine, Document, WorkUnit
+from megatron_tokedit.corpus.document import BadLine, Document, UnitPart, WorkUnit
 from megatron_tokedit.corpus.records import (
     BadRecord,
     is_blank,
@@ -26,7 +26,7 @@ from megatron_tokedit.errors import DataFormatError
 def read_unit(
     unit: WorkUnit, keys: Sequence[str], *, on_bad: Callable[[BadLine], None]
 ) -> Iterator[Document]:
-    """Yield the documents of a unit, in file order.
+    """Yield the documents of a unit, in the order of the input.
 
     Args:
         unit: from :func:`megatron_tokedit.corpus.plan_units`.
@@ -37,49 +37,60 @@ def read_unit(
         DataFormatError: the file is unreadable, damaged or changed since it was planned, a parquet column is
             missing, or several keys are asked of a text file.
     """
-    if unit.format.startswith("text") and len(keys) != 1:
-        raise DataFormatError(
-            f"{unit.path}: a text file has one field, but keys {', '.join(keys)} are asked for"
-        )
-    if unit.format == "parquet":
-        from megatron_tokedit.corpus.parquet import iter_rows  # pyarrow only where it is needed
+    for part in unit.parts:
+        if part.format.startswith("text") and len(keys) != 1:
+            raise DataFormatError(
+                f"{part.path}: a text file has one field, but keys {', '.join(keys)} are asked for"
+            )
+    for part in unit.parts:
+        yield from _read_part(unit.unit_id, part, keys, on_bad)
 
-        records: Iterator[tuple[int, Any]] = iter_rows(unit, keys)
+
+def _read_part(
+    unit_id: int, part: UnitPart, keys: Sequence[str], on_bad: Callable[[BadLine], None]
+) -> Iterator[Document]:
+    """The documents of one file's part of a unit."""
+    num_bytes: Callable[[Any], int] = len
+    if part.format == "parquet":
+        from megatron_tokedit.corpus.parquet import iter_rows, num_row_bytes  # pyarrow only where needed
+
+        num_bytes = num_row_bytes
+        records: Iterator[tuple[int, Any]] = iter_rows(part, keys)
     else:
-        records = _iter_unit_records(unit)
+        records = _iter_part_records(part)
     num_seen = 0
     for line, record in records:
         num_seen += 1
         try:
-            fields = _parse(unit.format, record, keys)
-            document = Document(unit.path, line, fields, num_utf8_bytes(fields))
+            fields = _parse(part.format, record, keys)
+            document = Document(part.path, line, fields, num_utf8_bytes(fields))
         except BadRecord as error:
-            on_bad(BadLine(unit.path, line, str(error)))
+            on_bad(BadLine(part.path, line, str(error), num_bytes(record)))
         else:
             yield document
-    if num_seen != unit.num_documents:
+    if num_seen != part.num_documents:
         raise DataFormatError(
-            f"{unit.path}: changed since it was planned: work unit {unit.unit_id} has {num_seen} documents, "
-            f"planned were {unit.num_documents}; start again"
+            f"{part.path}: changed since it was planned: work unit {unit_id} has {num_seen} of its "
+            f"documents, planned were {part.num_documents}; start again"
         )
 
 
 def _parse(format_: str, record: Any, keys: Sequence[str]) -> dict[str, list[str]]:
-    if format_ == "jsonl":
-        return parse_json_record(record, keys)
     if format_ == "parquet":
         return parse_parquet_row(record, keys)
+    if format_ == "jsonl":
+        return parse_json_record(record, keys)
     return parse_text_record(record, keys[0], separated=format_ == "text_separated")
 
 
-def _iter_unit_records(unit: WorkUnit) -> Iterator[tuple[int, bytes]]:
+def _iter_part_records(part: UnitPart) -> Iterator[tuple[int, bytes]]:
     """Yield the line number and bytes of every record that is not blank."""
-    separated = unit.format == "text_separated"
-    line, first_of_file = unit.first_line, unit.start == 0
-    with reading(unit.path):
-        stream = open_at(unit.path, unit.compression, unit.start)
+    separated = part.format == "text_separated"
+    line, first_of_file = part.first_line, part.start == 0
+    with reading(part.path):
+        stream = open_at(part.path, part.compression, part.start)
         try:
-            for record in iter_records(stream, separated, unit.stop - unit.start):
+            for record in iter_records(stream, separated, part.stop - part.start):
                 body = strip_byte_order_mark(record) if first_of_file else record
                 first_of_file = False
                 blank = is_blank(body, separated)
@@ -89,4 +100,4 @@ def _iter_unit_records(unit: WorkUnit) -> Iterator[tuple[int, bytes]]:
         except BaseException:  # an error, or a reader that stopped half-way
             stream.close()
             raise
-        park(unit.path, unit.compression, unit.stop, stream)
+        park(part.path, part.compression, part.stop, stream)

@@ -5,25 +5,22 @@ is on disk can be proved whole (:func:`verify_dataset`) and undone to the unedit
 (:func:`undo_dataset`).
 """
 
+from megatron_tokedit.dataset.alignment import align
 from megatron_tokedit.dataset.atomic import AtomicFile, atomic_write_bytes, remove_temporaries, sha256_of_file
 from megatron_tokedit.dataset.format import best_dtype
-from megatron_tokedit.dataset.journal import (
-    CHANGED,
-    DROPPED,
-    Journal,
-    JournalEntries,
-    JournalWriter,
-    merge_journals,
-)
+from megatron_tokedit.dataset.journal import Journal, JournalWriter, NoEdits, merge_journals
+from megatron_tokedit.dataset.journal_format import CHANGED, DROPPED, INSERTED, JournalEntries
 from megatron_tokedit.dataset.manifest import (
     InputRecord,
     Manifest,
     TokenizerRecord,
     check_compatible,
     read_manifest,
+    refuse_existing,
     write_manifest,
 )
 from megatron_tokedit.dataset.merge import merge_datasets
+from megatron_tokedit.dataset.merge_manifests import check_mergeable, merge_manifests
 from megatron_tokedit.dataset.reader import IndexedDataset
 from megatron_tokedit.dataset.undo import undo_dataset, undo_document
 from megatron_tokedit.dataset.verify import VerifyReport, verify_dataset
@@ -32,6 +29,7 @@ from megatron_tokedit.dataset.writer import DatasetSummary, IndexedDatasetWriter
 __all__ = [
     "CHANGED",
     "DROPPED",
+    "INSERTED",
     "AtomicFile",
     "DatasetSummary",
     "IndexedDataset",
@@ -41,14 +39,19 @@ __all__ = [
     "JournalEntries",
     "JournalWriter",
     "Manifest",
+    "NoEdits",
     "TokenizerRecord",
     "VerifyReport",
+    "align",
     "atomic_write_bytes",
     "best_dtype",
     "check_compatible",
+    "check_mergeable",
     "merge_datasets",
     "merge_journals",
+    "merge_manifests",
     "read_manifest",
+    "refuse_existing",
     "remove_temporaries",
     "sha256_of_file",
     "undo_dataset",

@@ -1,11 +1,15 @@
 """The manifest beside a dataset: what it was made from, with what, and what its files' checksums are.
 
 Invariant: equal jobs write equal manifests (no times, no host names), and a dataset that has one can be
-checked against a tokenizer or a model before a single token is read.
+checked against a tokenizer or a model before a single token is read. The file holds a checksum of itself, so
+that ``verify`` finds a changed byte here too; reading does not insist on it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,16 @@ from pydantic import ValidationError
 
 from megatron_tokedit.config.base import Section
 from megatron_tokedit.dataset.atomic import atomic_write_bytes
+from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
 from megatron_tokedit.errors import DataFormatError, TokenizerError
 
 MANIFEST_SUFFIX = ".manifest.json"
+STATISTICS_SUFFIX = ".stats.json"
+DATASET_SUFFIXES = (".bin", ".idx", JOURNAL_SUFFIX, STATISTICS_SUFFIX, MANIFEST_SUFFIX)
+"""Of all files that make up a dataset; the last three need not be there."""
+_CHECKSUM_KEY = "manifest_sha256"
+_CHECKSUM = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
+_NO_CHECKSUM = "0" * 64
 
 
 class InputRecord(Section):
@@ -65,7 +76,8 @@ class Manifest(Section):
     seed: int | None = None
     """Seed of the edit; none where nothing was edited."""
     edit: dict[str, Any] | None = None
-    """Every edit setting; none where nothing was edited."""
+    """Every edit setting; none where nothing was edited; ``{"parts": [...]}`` with the settings of each where
+    parts that were edited differently were merged."""
     prior: dict[str, Any] | None = None
     """Path, backend, dtype, windows and fingerprint of the prior; none where nothing was edited."""
     counts: dict[str, int]
@@ -75,9 +87,15 @@ class Manifest(Section):
 
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:
-    """Write ``PREFIX.manifest.json``, by rename, keys sorted."""
-    data = orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
-    atomic_write_bytes(f"{prefix}{MANIFEST_SUFFIX}", data + b"\n")
+    """Write ``PREFIX.manifest.json``, by rename, keys sorted.
+
+    Its ``manifest_sha256`` is the SHA-256 of the file with 64 zeros in this place.
+    """
+    fields = manifest.model_dump(mode="json") | {_CHECKSUM_KEY: _NO_CHECKSUM}
+    data = orjson.dumps(fields, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
+    (match,) = _CHECKSUM.finditer(data)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    atomic_write_bytes(f"{prefix}{MANIFEST_SUFFIX}", data[: match.start(1)] + digest + data[match.end(1) :])
 
 
 def read_manifest(prefix: str) -> Manifest | None:
@@ -88,7 +106,10 @@ def read_manifest(prefix: str) -> Manifest | None:
     """
     path = Path(f"{prefix}{MANIFEST_SUFFIX}")
     try:
-        return Manifest.model_validate(orjson.loads(path.read_bytes()))
+        fields = orjson.loads(path.read_bytes())
+        if isinstance(fields, dict):
+            fields.pop(_CHECKSUM_KEY, None)
+        return Manifest.model_validate(fields)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -98,6 +119,35 @@ def read_manifest(prefix: str) -> Manifest | None:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise DataFormatError(f"{path}: is not a manifest of this version: {faults}") from error
+
+
+def manifest_is_as_written(prefix: str) -> bool:
+    """Whether ``PREFIX.manifest.json`` still has the bytes that were written.
+
+    Only for one that :func:`read_manifest` can read. Manifests of earlier versions have no checksum and pass.
+    """
+    data = Path(f"{prefix}{MANIFEST_SUFFIX}").read_bytes()
+    if _CHECKSUM_KEY not in orjson.loads(data):
+        return True
+    match = _CHECKSUM.search(data)
+    if match is None:
+        return False
+    blanked = data[: match.start(1)] + _NO_CHECKSUM.encode() + data[match.end(1) :]
+    return hashlib.sha256(blanked).hexdigest().encode() == match[1]
+
+
+def refuse_existing(prefix: str) -> None:
+    """Refuse an output of which any file is there already.
+
+    Raises:
+        DataFormatError: naming the files.
+    """
+    found = [prefix + suffix for suffix in DATASET_SUFFIXES if os.path.lexists(prefix + suffix)]
+    if found:
+        raise DataFormatError(
+            f"{', '.join(found)}: there already, and nothing is overwritten; "
+            "choose another output prefix, or remove them first"
+        )
 
 
 def check_compatible(

@@ -75,22 +75,36 @@ class IndexedDataset:
             )
 
     def sequence(self, index: int) -> npt.NDArray[np.integer]:
-        """The ids of sequence ``index``, a read-only view ``[length]``."""
-        first = int(self.sequence_pointers[index]) // self.dtype.itemsize
-        return self.tokens[first : first + int(self.sequence_lengths[index])]
+        """The ids of sequence ``index``, a read-only view ``[length]``.
+
+        Raises:
+            DataFormatError: the index says that it lies outside ``.bin``.
+        """
+        offset, length = int(self.sequence_pointers[index]), int(self.sequence_lengths[index])
+        first, rest = divmod(offset, self.dtype.itemsize)
+        if rest or first < 0 or length < 0 or first + length > self.num_tokens:
+            raise DataFormatError(
+                f"{self.prefix}.idx: sequence {index} has {length} tokens from byte {offset} on, but "
+                f"{self.prefix}.bin has {self.num_tokens}; one of them is damaged"
+            )
+        return self.tokens[first : first + length]
 
     def document(self, index: int) -> list[npt.NDArray[np.integer]]:
         """The sequences of document ``index``; empty for an empty document.
 
         Raises:
             IndexError: there is no such document.
+            DataFormatError: the index says that it lies outside the dataset.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"{self.prefix}: no document {index}; there are {self.num_documents}")
-        return [
-            self.sequence(i)
-            for i in range(int(self.document_ends[index]), int(self.document_ends[index + 1]))
-        ]
+        first, end = int(self.document_ends[index]), int(self.document_ends[index + 1])
+        if not 0 <= first <= end <= self.num_sequences:
+            raise DataFormatError(
+                f"{self.prefix}.idx: document {index} has sequences {first} to {end} of "
+                f"{self.num_sequences}; it is damaged"
+            )
+        return [self.sequence(i) for i in range(first, end)]
 
     def iter_documents(self) -> Iterator[list[npt.NDArray[np.integer]]]:
         """Yield every document's sequences in order."""

@@ -1,21 +1,35 @@
 """From the edited dataset and its journal back to the original.
 
-Invariant: the result is the dataset that ``--edit-strategy none`` would have written, byte for byte (without
-the documents that the job dropped whole, which are counted in its statistics).
+Invariant: the result is the dataset that ``--edit-strategy none`` would have written with the same (output)
+tokenizer, byte for byte, whatever the number of generations; without the documents that the job dropped
+whole, which are counted in its statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tokedit.dataset.journal import DROPPED, JOURNAL_SUFFIX, Journal, JournalEntries
+from megatron_tokedit.dataset.journal import Journal
+from megatron_tokedit.dataset.journal_format import (
+    CHANGED,
+    DROPPED,
+    INSERTED,
+    JOURNAL_SUFFIX,
+    JournalEntries,
+    entry_fault,
+)
+from megatron_tokedit.dataset.manifest import Manifest, read_manifest, refuse_existing, write_manifest
 from megatron_tokedit.dataset.reader import IndexedDataset
 from megatron_tokedit.dataset.verify import verify_dataset
 from megatron_tokedit.dataset.writer import DatasetSummary, IndexedDatasetWriter
 from megatron_tokedit.errors import DataFormatError
+
+_COUNTS_OF_INPUTS = ("num_documents_in", "num_bad_lines", "num_documents_dropped")
 
 
 def undo_document(
@@ -32,48 +46,93 @@ def undo_document(
     """
     if not len(entries.positions):
         return list(sequences)
-    dropped = entries.kinds == DROPPED
-    num_tokens = sum(map(len, sequences)) + int(dropped.sum())
-    lengths = _original_lengths(sequences, entries, num_tokens, bool(dropped.any()))
-    if entries.positions[-1] >= num_tokens or sum(lengths) != num_tokens:
+    num_edited = sum(map(len, sequences))
+    dropped, inserted = entries.kinds == DROPPED, entries.kinds == INSERTED
+    num_tokens = num_edited + int(dropped.sum()) - int(inserted.sum())
+    lengths = _original_lengths(sequences, entries, num_tokens)
+    fault = entry_fault(num_tokens, entries.positions, entries.kinds)
+    if fault or sum(lengths) != num_tokens or min(lengths, default=0) < 0:
         raise DataFormatError(
-            f"the journal's edits reach position {entries.positions[-1]} of {sum(lengths)} tokens, "
-            f"the document has {num_tokens}; journal and dataset do not belong together"
+            f"the journal's edits make {num_tokens} tokens of the document's {num_edited}, in sequences of "
+            f"{sum(lengths)}{f' ({fault})' if fault else ''}; journal and dataset do not belong together"
         )
-    kept = np.ones(num_tokens, bool)
-    kept[entries.positions[dropped]] = False
-    original = np.empty(num_tokens, entries.original_ids.dtype)
-    if kept.any():
-        original[kept] = np.concatenate(sequences)
-    original[entries.positions] = entries.original_ids
-    return np.split(original, np.cumsum(lengths[:-1]))
+    original = np.concatenate([np.empty(0, entries.original_ids.dtype), *sequences])
+    if num_edited != num_tokens or dropped.any():
+        kept = np.ones(num_tokens, bool)
+        kept[entries.positions[dropped]] = False
+        edited, original = original, np.empty(num_tokens, original.dtype)
+        original[kept] = np.delete(edited, edited_positions(entries)[inserted])
+    original[entries.positions[~inserted]] = entries.original_ids[~inserted]
+    return [original[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
+
+
+def edited_positions(entries: JournalEntries) -> npt.NDArray[np.int64]:
+    """Where each entry stands in the edited document, int64 ``[E]``; of a dropped token, where it stood."""
+    dropped, inserted = entries.kinds == DROPPED, entries.kinds == INSERTED
+    moves = inserted.astype(np.int64) - dropped
+    places: npt.NDArray[np.int64] = entries.positions + np.cumsum(moves) - moves
+    return places
 
 
 def _original_lengths(
-    sequences: Sequence[npt.NDArray[np.integer]], entries: JournalEntries, num_tokens: int, any_dropped: bool
+    sequences: Sequence[npt.NDArray[np.integer]], entries: JournalEntries, num_tokens: int
 ) -> list[int]:
     if len(entries.sequence_lengths):
         return [int(length) for length in entries.sequence_lengths]
-    if any_dropped:
-        return [num_tokens]  # the lengths of several sequences would have been recorded
+    if (entries.kinds != CHANGED).any():
+        return [num_tokens] if len(sequences) <= 1 else []  # those of several would have been recorded
     return [len(sequence) for sequence in sequences]
 
 
-def undo_dataset(prefix: str, output_prefix: str) -> DatasetSummary:
-    """Rebuild the original dataset of ``PREFIX`` from it and ``PREFIX.edits``.
+def undo_dataset(
+    prefix: str,
+    output_prefix: str,
+    *,
+    on_bytes: Callable[[int], None] | None = None,
+    on_document: Callable[[int], None] | None = None,
+) -> DatasetSummary:
+    """Rebuild the original of dataset ``PREFIX`` from it and ``PREFIX.edits``; with a manifest if it has one.
+
+    Args:
+        prefix: of the edited dataset.
+        output_prefix: of the new one.
+        on_bytes: told how many more bytes were verified, before anything is written.
+        on_document: told how many more documents were written.
 
     Raises:
         DataFormatError: a file is missing or damaged, dataset and journal do not belong together, or the
-            output is the input.
+            output is there already.
     """
-    if prefix == output_prefix:
+    refuse_existing(output_prefix)
+    path = f"{prefix}{JOURNAL_SUFFIX}"
+    if not os.path.isfile(path):
         raise DataFormatError(
-            f"{prefix} is both the edited dataset and the output; choose another output prefix"
+            f"{path}: is not there, and without a journal nothing can be undone; an unedited dataset has none"
         )
-    verify_dataset(prefix)  # a wrong token undone would not be noticed later
+    verify_dataset(prefix, on_bytes=on_bytes)  # a wrong token undone would not be noticed later
     dataset = IndexedDataset(prefix)
-    journal = Journal(f"{prefix}{JOURNAL_SUFFIX}")
+    journal = Journal(path)
     with IndexedDatasetWriter(output_prefix, dataset.dtype) as writer:
         for index, sequences in enumerate(dataset.iter_documents()):
             writer.add_document(undo_document(sequences, journal.entries(index)))
-        return writer.finalize()
+            if on_document is not None:
+                on_document(1)
+        summary = writer.finalize()
+    if (manifest := read_manifest(prefix)) is not None:
+        write_manifest(output_prefix, _unedited(manifest, summary))
+    return summary
+
+
+def _unedited(manifest: Manifest, summary: DatasetSummary) -> Manifest:
+    """The manifest of the original: the same inputs and tokenizer, its own counts, nothing of an edit."""
+    of_inputs = {name: count for name, count in manifest.counts.items() if name in _COUNTS_OF_INPUTS}
+    return manifest.model_copy(
+        update={
+            "prior_tokenizer": None,
+            "seed": None,
+            "edit": None,
+            "prior": None,
+            "counts": summary.counts() | of_inputs,
+            "checksums": {"bin": summary.bin_sha256, "idx": summary.idx_sha256},
+        }
+    )

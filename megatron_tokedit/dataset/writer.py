@@ -34,6 +34,14 @@ class DatasetSummary:
     bin_sha256: str
     idx_sha256: str
 
+    def counts(self) -> dict[str, int]:
+        """The counts as a manifest names them."""
+        return {
+            "num_documents": self.num_documents,
+            "num_sequences": self.num_sequences,
+            "num_tokens": self.num_tokens,
+        }
+
 
 class IndexedDatasetWriter:
     """Writes ``PREFIX.bin`` and ``PREFIX.idx``.

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 
 def document_key(sequences: Sequence[str]) -> bytes:
@@ -46,6 +48,22 @@ def uniforms(key: bytes, num_tokens: int, *, seed: int, generation: int = 1) -> 
     digest = hashlib.blake2b(key, digest_size=16, person=b"tokedit-uniforms")
     digest.update(seed.to_bytes(8, "little"))
     digest.update(generation.to_bytes(8, "little"))
-    philox = np.random.Philox(key=int.from_bytes(digest.digest(), "little"))
-    raw_T = philox.random_raw(num_tokens)
+    seed_sequence: Any = _Key(digest.digest())  # numpy takes any ISeedSequence, its annotations do not
+    raw_T = np.random.Philox(seed_sequence).random_raw(num_tokens)
     return (raw_T >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class _Key(ISeedSequence):
+    """Gives a bit generator its key as it is.
+
+    ``Philox(key=...)`` gives the same generator, but takes longer than all its numbers: it first draws a seed
+    from the operating system.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = np.frombuffer(key, "<u8")
+
+    def generate_state(self, n_words: int, dtype: npt.DTypeLike = np.uint64) -> npt.NDArray[Any]:
+        """The key, two words of 64 bits."""
+        assert n_words == len(self._key)
+        return self._key.astype(dtype)

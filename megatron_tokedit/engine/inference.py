@@ -84,6 +84,26 @@ class LanguageModel:
         hidden_TBH = self._gpt(ids_BT, positions, None)
         return hidden_TBH.transpose(0, 1)
 
+    def count_parameters(self) -> tuple[int, int, int]:
+        """What a forward pass costs.
+
+        Returns:
+            All parameters; those of matrix products, output layer included and embedding tables not; query
+            heads x size of a head, summed over layers.
+        """
+        padding = (self.output_weight.size(0) - self.vocab_size) * self.output_weight.size(1)
+        parameters = dict(self._gpt.named_parameters())
+        tables = {
+            name for name in parameters if name.startswith("embedding.") or name.startswith("output_layer.")
+        }
+        matrices = (p.numel() for name, p in parameters.items() if p.ndim >= 2 and name not in tables)
+        config = self._gpt.config
+        return (
+            sum(p.numel() for p in parameters.values()),
+            sum(matrices) + self.output_weight.numel() - padding,
+            config.num_layers * config.num_attention_heads * config.kv_channels,
+        )
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over weights, dtype and architecture; padding rows are left out.

@@ -15,21 +15,30 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.corpus import read_unit
+from megatron_tokedit.corpus import WorkUnit, read_unit
 from megatron_tokedit.dataset import best_dtype
 from megatron_tokedit.errors import PlanError, TokeditError
-from megatron_tokedit.pipeline.job import refuse_overwriting
-from megatron_tokedit.pipeline.merge import is_complete, output_files
+from megatron_tokedit.pipeline.estimate import estimate
+from megatron_tokedit.pipeline.job import refuse_overwriting, setting_warnings
+from megatron_tokedit.pipeline.merge import is_complete
 from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changes
-from megatron_tokedit.pipeline.resources import PriorPlan, find_prior
-from megatron_tokedit.pipeline.unit import check_bad_lines
-from megatron_tokedit.pipeline.workdir import WorkDir
+from megatron_tokedit.pipeline.resources import (
+    JobTokenizers,
+    PriorPlan,
+    find_prior,
+    known_prior_files,
+    load_tokenizers,
+)
+from megatron_tokedit.pipeline.results import check_bad_lines
+from megatron_tokedit.pipeline.workdir import OUTPUT_SUFFIXES, WorkDir
 from megatron_tokedit.pipeline.workers import count_workers
-from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 Value = TypeVar("Value")
 _SAMPLE_DOCUMENTS = 100
 """Documents of each input file that a dry run reads."""
+_SAMPLE_FILES = 200
+"""Input files that a dry run reads the first documents of, spread over all."""
+_SHOWN_FILES = 10
 
 
 @dataclass(slots=True)
@@ -54,27 +63,32 @@ class DryRun:
 
 
 def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
-    """Inspect a job: reads the input files, the tokenizer and the prior's files, and writes nothing.
+    """Inspect a job and estimate its cost: reads the input files and the tokenizers, scores a sample with the
+    prior, and writes nothing.
 
     Args:
         config: the job.
         restart: a recorded plan would be discarded.
     """
     report = DryRun()
+    report.lines += [
+        f"warning     {warning}" for warning in report.attempt(lambda: [*setting_warnings(config)]) or []
+    ]
     workdir = WorkDir(config.output_prefix)
-    tokenizer = report.attempt(lambda: load_tokenizer(config.tokenizer_type, config.tokenizer_model))
+    tokenizers = report.attempt(lambda: load_tokenizers(config))
     recorded = None if restart else report.attempt(lambda: load_plan(workdir.plan))
-    prior, plan = None, None
-    if tokenizer is not None:
-        report.lines.append(
-            f"tokenizer   {config.tokenizer_type}, {tokenizer.vocab_size} ids, written as "
-            f"{np.dtype(best_dtype(tokenizer.vocab_size))}"
-        )
-        prior = report.attempt(lambda: find_prior(config, tokenizer))
-        plan = report.attempt(lambda: make_plan(config, tokenizer, prior, recorded))
-        report.lines += _describe(config, tokenizer, prior, plan)
-    if plan is not None:
-        report.attempt(lambda: _check_first_documents(config, plan))
+    plan = None
+    if tokenizers is not None:
+        found = tokenizers
+        report.lines += _describe_tokenizers(tokenizers)
+        prior = report.attempt(lambda: find_prior(config, found.text, known=known_prior_files(workdir.plan)))
+        plan = report.attempt(lambda: make_plan(config, found, prior, recorded))
+        report.lines += _describe(config, prior, plan)
+    if plan is not None and tokenizers is not None:
+        planned, workers = plan, count_workers(config, prior, len(plan.units))
+        report.attempt(lambda: _check_first_documents(config, planned))
+        if not report.problems:
+            report.lines += report.attempt(lambda: estimate(config, found, prior, planned, workers)) or []
     report.attempt(lambda: _check_output(config, workdir))
     if plan is not None and recorded is not None and not report.problems:
         report.attempt(lambda: refuse_changes(recorded, plan, workdir.plan))
@@ -84,9 +98,21 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
     return report
 
 
-def _describe(
-    config: PreprocessConfig, tokenizer: Tokenizer, prior: PriorPlan | None, plan: Plan | None
-) -> list[str]:
+def _describe_tokenizers(tokenizers: JobTokenizers) -> list[str]:
+    """What reads the text and what is written."""
+    text, written = tokenizers.text, tokenizers.written
+    dtype = np.dtype(best_dtype(written.vocab_size))
+    lines = [
+        f"tokenizer   {text.tokenizer_type} {text.tokenizer_model}, {text.vocab_size} ids, {text.encoder}"
+    ]
+    if tokenizers.output is not None:
+        lines.append(
+            f"output      {written.tokenizer_type} {written.tokenizer_model}, {written.vocab_size} ids"
+        )
+    return [*lines, f"written as  {dtype}"]
+
+
+def _describe(config: PreprocessConfig, prior: PriorPlan | None, plan: Plan | None) -> list[str]:
     """Prior, inputs, units and outputs."""
     lines = []
     if prior is not None:
@@ -94,26 +120,41 @@ def _describe(
         identity = prior.identity
         lines.append(
             f"prior       {identity.path} ({identity.backend}, vocabulary {identity.vocab_size}), "
-            f"{prior.dtype}, windows of {options.context_tokens} tokens, overlap {options.overlap_tokens}"
+            f"{prior.dtype} on {prior.device}, windows of {options.context_tokens} tokens, "
+            f"overlap {options.overlap_tokens}"
         )
-        lines.append("edit        " + ", ".join(f"{k} {v}" for k, v in _method(plan).items()))
+        lines += _describe_edit(plan)
     if plan is not None:
-        for file in plan.inputs:
+        for file in plan.inputs[:_SHOWN_FILES]:
             counts = f"{file.num_documents} documents, {file.num_bytes} bytes"
             lines.append(f"input       {file.path}: {counts}, {file.format}")
+        if len(plan.inputs) > _SHOWN_FILES:
+            lines.append(f"input       ... {len(plan.inputs)} files in all")
         text_bytes = sum(unit.num_bytes for unit in plan.units)
         workers = count_workers(config, prior, len(plan.units))
         lines.append(
             f"work        {len(plan.units)} units, {plan.num_documents} documents, {text_bytes} bytes of "
             f"input, {workers} worker{'s' if workers > 1 else ''}"
         )
-    lines += [f"output      {path}" for path in output_files(config, WorkDir(config.output_prefix))]
+    suffixes = [suffix.removeprefix(".") for suffix in OUTPUT_SUFFIXES]
+    for key in config.json_keys:
+        for name in config.dataset_names(key):
+            files = f"{{{','.join(suffixes if config.edits else suffixes[:-1])}}}"
+            lines.append(f"writes      {WorkDir(config.output_prefix).output(name)}.{files}")
     return lines
 
 
-def _method(plan: Plan | None) -> dict[str, object]:
-    """The edit settings of a plan."""
-    return dict(plan.settings["edit"]) if plan is not None else {}
+def _describe_edit(plan: Plan | None) -> list[str]:
+    """The edit settings of a plan, and its rules one by one."""
+    settings = dict(plan.settings["edit"]) if plan is not None else {}
+    signs = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
+    rules = [
+        f"{rule['action']} where "
+        + " and ".join(f"p {signs[name]} {bound}" for name, bound in rule.items() if name != "action")
+        for rule in settings.pop("rules", [])
+    ]
+    shown = [f"{name} {value}" for name, value in settings.items() if value is not None]
+    return [f"rule        {rule}" for rule in rules] + ([f"edit        {', '.join(shown)}"] if shown else [])
 
 
 def _check_first_documents(config: PreprocessConfig, plan: Plan) -> None:
@@ -123,9 +164,12 @@ def _check_first_documents(config: PreprocessConfig, plan: Plan) -> None:
         DataFormatError: more of their lines are bad than allowed.
     """
     bad: list[str] = []
-    for path in {unit.path: None for unit in plan.units}:
-        first = next(unit for unit in plan.units if unit.path == path)
-        documents = read_unit(first, config.json_keys, on_bad=lambda line: bad.append(str(line)))
+    first_units: dict[str, WorkUnit] = {}
+    for unit in plan.units:
+        first_units.setdefault(unit.parts[0].path, unit)
+    chosen = [*first_units.values()]
+    for unit in chosen[:: max(1, len(chosen) // _SAMPLE_FILES)]:
+        documents = read_unit(unit, config.json_keys, on_bad=lambda line: bad.append(str(line)))
         for _ in itertools.islice(documents, _SAMPLE_DOCUMENTS):
             if len(bad) > config.max_bad_lines:
                 break

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,21 @@ from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.errors import ConfigError, PlanError
 from megatron_tokedit.log import get_logger
-from megatron_tokedit.pipeline.merge import Totals, clean_up, is_complete, merge
+from megatron_tokedit.pipeline.merge import clean_up, is_complete, merge
+from megatron_tokedit.pipeline.method import useless_sampler
 from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changed_files, refuse_changes
 from megatron_tokedit.pipeline.progress import LogProgress, Progress
-from megatron_tokedit.pipeline.resources import PriorPlan, find_prior
-from megatron_tokedit.pipeline.unit import UnitResult, check_bad_lines, check_devices
+from megatron_tokedit.pipeline.report import remarks
+from megatron_tokedit.pipeline.resources import (
+    JobTokenizers,
+    PriorPlan,
+    find_prior,
+    known_prior_files,
+    load_tokenizers,
+)
+from megatron_tokedit.pipeline.results import Totals, UnitResult, check_bad_lines, check_devices
 from megatron_tokedit.pipeline.workdir import WorkDir
 from megatron_tokedit.pipeline.workers import DeadWorker, count_workers, run_in_process, run_in_workers
-from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 logger = get_logger(__name__)
 Stage = Literal["all", "edit", "merge"]
@@ -41,7 +48,7 @@ class Result:
     Attributes:
         outcome: ``merged`` (the outputs were written now), ``already complete``, ``edited`` (this process's
             units are done; the merge is another process's or a later run's).
-        prefixes: JSON key -> prefix of its dataset.
+        prefixes: dataset (a JSON key, or a key's generation) -> its prefix.
         totals: the counts, where the outputs were written now.
     """
 
@@ -77,17 +84,20 @@ def run(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core; --workers says how many
     workdir = WorkDir(config.output_prefix)
-    if idle := config.idle_settings:
-        logger.warning("edit_strategy none edits nothing: %s without effect", ", ".join(idle))
-    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    prior = find_prior(config, tokenizer, only_merges=stage == "merge")
-    prefixes = {key: workdir.output(key) for key in config.json_keys}
+    for warning in setting_warnings(config):
+        logger.warning("%s", warning)
+    tokenizers = load_tokenizers(config)
+    known = None if restart else known_prior_files(workdir.plan)
+    prior = find_prior(config, tokenizers.text, only_merges=stage == "merge", known=known)
+    prefixes = {name: workdir.output(name) for key in config.json_keys for name in config.dataset_names(key)}
     if restart and world_size > 1:
         raise ConfigError(
             f"--restart: with several processes each would discard the others' work; remove {workdir.root} "
             "and run without --restart"
         )
-    job = _Job(config, tokenizer, prior, workdir, _establish_plan(config, tokenizer, prior, workdir, restart))
+    job = _Job(
+        config, tokenizers, prior, workdir, _establish_plan(config, tokenizers, prior, workdir, restart)
+    )
     with workdir.lock("units", shared=True):  # so that nobody merges, and removes the units, meanwhile
         if is_complete(config, workdir, job.plan):
             shutil.rmtree(workdir.units, ignore_errors=True)
@@ -104,8 +114,8 @@ def run(
             return Result("already complete", prefixes)
         if alone:
             clean_up(config, workdir)
-        totals = merge(config, tokenizer, prior, job.plan, workdir)
-    _report(totals, prefixes)
+        totals = merge(config, tokenizers, prior, job.plan, workdir)
+    _report(job, totals, prefixes)
     return Result("merged", prefixes, totals)
 
 
@@ -114,7 +124,7 @@ class _Job:
     """A job with everything that was found for it."""
 
     config: PreprocessConfig
-    tokenizer: Tokenizer
+    tokenizers: JobTokenizers
     prior: PriorPlan | None
     workdir: WorkDir
     plan: Plan
@@ -126,7 +136,7 @@ class _Job:
 
 def _establish_plan(
     config: PreprocessConfig,
-    tokenizer: Tokenizer,
+    tokenizers: JobTokenizers,
     prior: PriorPlan | None,
     workdir: WorkDir,
     restart: bool,
@@ -135,7 +145,7 @@ def _establish_plan(
     workdir.make()
     with workdir.lock("plan"):
         recorded = None if restart else load_plan(workdir.plan)
-        plan = make_plan(config, tokenizer, prior, recorded)
+        plan = make_plan(config, tokenizers, prior, recorded)
         if recorded is not None and not workdir.is_untouched():
             refuse_changes(recorded, plan, workdir.plan)
             return plan
@@ -161,9 +171,10 @@ def refuse_overwriting(config: PreprocessConfig, workdir: WorkDir) -> None:
     Raises:
         PlanError: there is one.
     """
-    for key in config.json_keys:
+    names = [name for key in config.json_keys for name in config.dataset_names(key)]
+    for name in names:
         for suffix in (".bin", ".idx"):
-            path = Path(workdir.output(key) + suffix)
+            path = Path(workdir.output(name) + suffix)
             if path.exists():
                 raise PlanError(
                     f"{path} exists already and {workdir.root} does not say how it was made; give another "
@@ -191,7 +202,7 @@ def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Pro
     if isolate or workers > 1:
         results = run_in_workers(config, prior, pending, workers, progress, dead)
     else:
-        results = run_in_process(config, job.tokenizer, prior, pending, progress)
+        results = run_in_process(config, job.tokenizers, prior, pending, progress)
     progress.start(_documents(share), _documents(finished))
     try:
         with closing(results):  # ends the workers at once, whatever goes wrong here
@@ -232,10 +243,18 @@ def _may_merge(job: _Job, *, waits_for_others: bool) -> bool:
     )
 
 
-def _report(totals: Totals, prefixes: dict[str, str]) -> None:
+def setting_warnings(config: PreprocessConfig) -> Iterator[str]:
+    """What is odd about the settings, though it can be honoured."""
+    if idle := config.idle_settings:
+        yield f"without effect with edit_strategy {config.strategy}: {', '.join(idle)}"
+    if config.edits and (why := useless_sampler(config)):
+        yield why
+
+
+def _report(job: _Job, totals: Totals, prefixes: dict[str, str]) -> None:
     """Log what came out."""
-    for key, prefix in prefixes.items():
-        counts = totals.keys[key]
+    for name, prefix in prefixes.items():
+        counts = totals.keys[name]
         logger.info(
             "%s: %d documents in, %d out, %d bad lines; %d tokens",
             prefix,
@@ -244,10 +263,5 @@ def _report(totals: Totals, prefixes: dict[str, str]) -> None:
             totals.bad_lines,
             counts.tokens,
         )
-        if counts.eod_in_text:
-            logger.warning(
-                "%s: the text itself spells the end-of-document token %d times; readers of the dataset will "
-                "see a document boundary there",
-                prefix,
-                counts.eod_in_text,
-            )
+        for remark in remarks(job.config, job.tokenizers, totals, name):
+            logger.warning("%s: %s", prefix, remark)

@@ -1,7 +1,7 @@
-"""From finished units to the outputs: dataset, journal, statistics and manifest of each JSON key.
+"""From finished units to the outputs: dataset, journal, statistics and manifest of each key and generation.
 
-Invariant: units are joined in the order of the plan, so the outputs are those of a single pass; documents in
-= documents out + documents dropped, by reason; the manifest of a key is written after its other files.
+Invariant: units are joined in the order of the plan, so the outputs are those of a single pass; the manifest
+of a dataset is written after its other files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,64 +29,24 @@ from megatron_tokedit.dataset import (
     remove_temporaries,
     write_manifest,
 )
-from megatron_tokedit.edit.statistics import MARGIN, EditStatistics
+from megatron_tokedit.edit.statistics import EditStatistics
 from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.pipeline.method import edit_settings
 from megatron_tokedit.pipeline.plan import Plan
-from megatron_tokedit.pipeline.resources import PriorPlan
-from megatron_tokedit.pipeline.unit import (
-    MAX_EXAMPLES,
-    STEPS,
-    KeyCounts,
-    UnitResult,
-    check_bad_lines,
-    check_devices,
-)
+from megatron_tokedit.pipeline.report import dataset_statistics
+from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan
+from megatron_tokedit.pipeline.results import Totals, UnitResult, check_bad_lines, check_devices
 from megatron_tokedit.pipeline.workdir import OUTPUT_SUFFIXES, WorkDir
-from megatron_tokedit.tokenizers import Tokenizer, tokenizer_spec
+from megatron_tokedit.tokenizers import tokenizer_spec
 
 logger = get_logger(__name__)
 _PACKAGES = ("megatron_tokedit", "numpy", "sentencepiece", "tokenizers")
 _PRIOR_PACKAGES = ("torch", "transformers", "megatron-core")
 
 
-@dataclass(slots=True)
-class Totals:
-    """The counts of all units.
-
-    Attributes:
-        documents_in: read, bad lines included.
-        bytes_in: UTF-8 bytes of the documents' text.
-        bad_lines: lines that were no documents.
-        bad_examples: the first of them.
-        devices: where the prior ran.
-        keys: JSON key -> what was written.
-        seconds: step -> time spent, summed over workers.
-    """
-
-    documents_in: int = 0
-    bytes_in: int = 0
-    bad_lines: int = 0
-    bad_examples: list[str] = field(default_factory=list)
-    devices: set[str | None] = field(default_factory=set)
-    keys: dict[str, KeyCounts] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
-
-    def add(self, result: UnitResult) -> None:
-        """Add a unit; units must come in the order of the plan."""
-        self.documents_in += result.documents_in
-        self.bytes_in += result.bytes_in
-        self.bad_lines += result.bad_lines
-        self.devices.add(result.device)
-        self.bad_examples += result.bad_examples[: MAX_EXAMPLES - len(self.bad_examples)]
-        for key, counts in result.keys.items():
-            self.keys.setdefault(key, KeyCounts()).merge(counts)
-        for step, seconds in result.seconds.items():
-            self.seconds[step] += seconds
-
-
 def merge(
-    config: PreprocessConfig, tokenizer: Tokenizer, prior: PriorPlan | None, plan: Plan, workdir: WorkDir
+    config: PreprocessConfig, tokenizers: JobTokenizers, prior: PriorPlan | None, plan: Plan, workdir: WorkDir
 ) -> Totals:
     """Join the finished units of a plan into the outputs, and remove the units.
 
@@ -103,7 +62,15 @@ def merge(
     if totals.documents_in == totals.bad_lines:
         raise DataFormatError(f"no document in {totals.documents_in} lines of the input; nothing is written")
     for key in config.json_keys:
-        _merge_key(config, tokenizer, prior, plan, workdir, key, totals)
+        for generation, name in enumerate(config.dataset_names(key), 1):
+            output = workdir.output(name)
+            for suffix in (".manifest.json", ".edits"):  # they would belong to an older dataset
+                Path(output + suffix).unlink(missing_ok=True)
+            checksums = _join_units(prior, plan, workdir, name)
+            statistics = dataset_statistics(config, tokenizers, totals, name)
+            atomic_write_bytes(f"{output}.stats.json", orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
+            manifest = _manifest(config, tokenizers, prior, plan, totals, (key, name, generation), checksums)
+            write_manifest(output, manifest)
     complete = {"fingerprint": plan.fingerprint, "outputs": _output_sizes(config, workdir)}
     atomic_write_bytes(workdir.complete, orjson.dumps(complete, option=orjson.OPT_INDENT_2))
     shutil.rmtree(workdir.units, ignore_errors=True)
@@ -137,31 +104,35 @@ def output_files(config: PreprocessConfig, workdir: WorkDir) -> Iterator[str]:
     """Paths of all files that the job leaves."""
     suffixes = OUTPUT_SUFFIXES if config.edits else OUTPUT_SUFFIXES[:-1]
     for key in config.json_keys:
-        for suffix in suffixes:
-            yield workdir.output(key) + suffix
+        for name in config.dataset_names(key):
+            for suffix in suffixes:
+                yield workdir.output(name) + suffix
 
 
-def _merge_key(
-    config: PreprocessConfig,
-    tokenizer: Tokenizer,
-    prior: PriorPlan | None,
-    plan: Plan,
-    workdir: WorkDir,
-    key: str,
-    totals: Totals,
-) -> None:
-    """Write the five files of one key."""
-    output = workdir.output(key)
-    for suffix in (".manifest.json", ".edits"):  # they would belong to an older dataset
-        Path(output + suffix).unlink(missing_ok=True)
-    parts = [workdir.unit_part(unit.unit_id, key) for unit in plan.units]
+def _join_units(prior: PriorPlan | None, plan: Plan, workdir: WorkDir, name: str) -> dict[str, str]:
+    """Write dataset and journal of one name; returns their checksums."""
+    output = workdir.output(name)
+    parts = [workdir.unit_part(unit.unit_id, name) for unit in plan.units]
     summary = merge_datasets(parts, output)
     checksums = {"bin": summary.bin_sha256, "idx": summary.idx_sha256}
     if prior is not None:
         checksums["edits"] = merge_journals([f"{part}.edits" for part in parts], f"{output}.edits")
-    statistics = _statistics(totals, key)
-    atomic_write_bytes(f"{output}.stats.json", orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
-    manifest = Manifest(
+    return checksums
+
+
+def _manifest(
+    config: PreprocessConfig,
+    tokenizers: JobTokenizers,
+    prior: PriorPlan | None,
+    plan: Plan,
+    totals: Totals,
+    dataset: tuple[str, str, int],
+    checksums: dict[str, str],
+) -> Manifest:
+    """The manifest of one dataset, given as JSON key, name and generation."""
+    key, name, generation = dataset
+    written = tokenizers.written
+    return Manifest(
         versions=_versions(prior is not None),
         inputs=[
             InputRecord(
@@ -174,16 +145,16 @@ def _merge_key(
             for file in plan.inputs
         ],
         json_key=key,
-        tokenizer=TokenizerRecord(**tokenizer_spec(tokenizer)),
+        tokenizer=TokenizerRecord(**tokenizer_spec(written)),
+        prior_tokenizer=TokenizerRecord(**tokenizer_spec(tokenizers.text)) if tokenizers.output else None,
         append_eod=config.append_eod,
-        dtype=str(np.dtype(best_dtype(tokenizer.vocab_size))),
+        dtype=str(np.dtype(best_dtype(written.vocab_size))),
         seed=config.seed if prior else None,
-        edit=plan.settings["edit"] if prior else None,
+        edit=edit_settings(config, generation) if prior else None,
         prior=_prior_record(prior, totals) if prior else None,
-        counts=_counts(totals, key),
+        counts=_counts(totals, name),
         checksums=checksums,
     )
-    write_manifest(output, manifest)
 
 
 def _prior_record(prior: PriorPlan, totals: Totals) -> dict[str, Any]:
@@ -192,9 +163,9 @@ def _prior_record(prior: PriorPlan, totals: Totals) -> dict[str, Any]:
     return {"path": prior.identity.path, "device": device, **prior.settings()}
 
 
-def _counts(totals: Totals, key: str) -> dict[str, int]:
+def _counts(totals: Totals, name: str) -> dict[str, int]:
     """The manifest's counts."""
-    counts = totals.keys[key]
+    counts = totals.keys[name]
     edit = counts.edit or EditStatistics()
     return {
         "num_documents": counts.documents,
@@ -202,53 +173,13 @@ def _counts(totals: Totals, key: str) -> dict[str, int]:
         "num_tokens": counts.tokens,
         "num_documents_in": totals.documents_in,
         "num_bad_lines": totals.bad_lines,
+        "num_documents_dropped": sum(counts.dropped.values()),
+        "num_documents_unedited": sum(counts.unedited.values()),
         "num_scored_tokens": edit.scored,
         "num_eligible_tokens": edit.eligible,
         "num_resampled_tokens": edit.resampled,
         "num_changed_tokens": edit.changed,
         "num_dropped_tokens": edit.dropped,
-    }
-
-
-def _statistics(totals: Totals, key: str) -> dict[str, Any]:
-    """The content of ``.stats.json``."""
-    counts = totals.keys[key]
-    seconds = sum(totals.seconds.values())
-    tokens = sum(counts.tokens for counts in totals.keys.values())
-    statistics: dict[str, Any] = {
-        "documents": {
-            "in": totals.documents_in,
-            "out": counts.documents,
-            "dropped": {"bad_line": totals.bad_lines},
-        },
-        "bytes_in": totals.bytes_in,
-        "sequences": counts.sequences,
-        "tokens": counts.tokens,
-        "eod_in_text": counts.eod_in_text,
-        "bad_lines": totals.bad_examples,
-        "worker_seconds": {step: round(value, 3) for step, value in totals.seconds.items()},
-        "tokens_per_worker_second": round(tokens / max(seconds, 1e-9), 1),
-    }
-    if counts.edit is not None:
-        statistics["edit"] = _edit_statistics(counts.edit)
-    return statistics
-
-
-def _edit_statistics(edit: EditStatistics) -> dict[str, Any]:
-    """What was scored and edited, with the shares that people quote."""
-    return {
-        "tokens": edit.tokens,
-        "scored": edit.scored,
-        "eligible": edit.eligible,
-        "resampled": edit.resampled,
-        "changed": edit.changed,
-        "dropped": edit.dropped,
-        "eligible_share": edit.eligible / max(edit.tokens, 1),
-        "changed_share_of_eligible": edit.changed / max(edit.eligible, 1),
-        "within_margin_of_threshold": {"margin": MARGIN, "tokens": edit.margin},
-        "perplexity": edit.perplexity,
-        "p_histogram_10": edit.histogram.reshape(10, -1).sum(axis=1).tolist(),
-        "p_histogram_100": edit.histogram.tolist(),
     }
 
 

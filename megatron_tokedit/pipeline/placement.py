@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
 
 from megatron_tokedit.errors import ConfigError
 
@@ -37,6 +40,8 @@ def placement(
 def usable_cores(environment: Mapping[str, str]) -> int:
     """Cores for this process: those it is allowed, divided among torchrun's processes on this node.
 
+    Allowed is what its affinity (as Slurm sets it) and its control group's quota (as containers set it) say.
+
     Args:
         environment: of the process.
 
@@ -44,7 +49,29 @@ def usable_cores(environment: Mapping[str, str]) -> int:
         ConfigError: ``LOCAL_WORLD_SIZE`` is not a number.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _control_group_number("cpu.max")
+    if quota is not None:
+        allowed = min(allowed, max(1, quota[0] // quota[1]))
     return max(1, allowed // max(1, _number(environment, "LOCAL_WORLD_SIZE", "1")))
+
+
+def usable_bytes() -> int:
+    """Memory that is free for this process: of the machine, and of its control group where that has less."""
+    available = psutil.virtual_memory().available
+    limit, used = _control_group_number("memory.max"), _control_group_number("memory.current")
+    if limit is not None and used is not None:
+        available = min(available, max(0, limit[0] - used[0]))
+    return int(available)
+
+
+def _control_group_number(name: str) -> tuple[int, ...] | None:
+    """The numbers in a file of this process's (version 2) control group; None where there is no limit."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        words = Path(f"/sys/fs/cgroup{group}/{name}").read_text().split()
+        return tuple(map(int, words))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def _from_launcher(environment: Mapping[str, str]) -> tuple[int, int]:

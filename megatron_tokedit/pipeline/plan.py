@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,20 @@ import orjson
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import InputFile, WorkUnit, expand_inputs, plan_units
-from megatron_tokedit.dataset.atomic import atomic_write_bytes
+from megatron_tokedit.dataset import AtomicFile
 from megatron_tokedit.errors import DataFormatError, PlanError
-from megatron_tokedit.pipeline.resources import PriorPlan, edit_settings
+from megatron_tokedit.pipeline.method import edit_settings
+from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan
 from megatron_tokedit.tokenizers import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GROUP_BYTES = 512 << 10
 """Documents of a unit are tokenized and scored in groups of about so many bytes of text."""
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES, _UNITS_AIMED_AT = 256 << 10, 16 << 20, 64
 _MAX_DIFFERENCES_SHOWN = 12
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """A job.
 
@@ -40,26 +44,29 @@ class Plan:
         settings: JSON-able; what is done.
         inputs: the input files.
         units: the work units, in order.
-        file_states: path -> [size in bytes, time of change in ns] when it was read; not part of the identity.
+        modified_ns: time of change of each input file when it was read; not part of the identity.
+        prior_files: JSON-able; the prior's files as they were found, so that unchanged weights are not hashed
+            at every start; not part of the identity.
     """
 
     settings: dict[str, Any]
     inputs: list[InputFile]
     units: list[WorkUnit]
-    file_states: dict[str, list[int]]
+    modified_ns: array[int]
+    prior_files: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that can change a byte of the output.
 
         Not of the input files' paths: a job goes on after its input was moved, or named from another folder.
         """
-        identity = {
-            "settings": self.settings,
-            "inputs": [_without_path(file) for file in self.inputs],
-            "units": [_without_path(unit) for unit in self.units],
-        }
-        return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        digest = hashlib.sha256(orjson.dumps(self.settings, option=orjson.OPT_SORT_KEYS))
+        for file in self.inputs:
+            digest.update(orjson.dumps(_without_path(file)))
+        for unit in self.units:
+            digest.update(orjson.dumps(_without_path(unit)))
+        return digest.hexdigest()
 
     @property
     def num_documents(self) -> int:
@@ -71,15 +78,35 @@ class Plan:
         return self.units[rank::world_size]
 
     def save(self, path: Path) -> None:
-        """Write the plan, by rename."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "settings": self.settings,
-            "inputs": [file.to_json() for file in self.inputs],
-            "units": [unit.to_json() for unit in self.units],
-            "file_states": self.file_states,
-        }
-        atomic_write_bytes(path, orjson.dumps(content, option=orjson.OPT_INDENT_2))
+        """Write the plan, by rename: JSON with a line for every input file and every unit.
+
+        Raises:
+            DataFormatError: the disk is full, or the folder cannot be written.
+        """
+        inputs = (
+            file.to_json() | {"modified_ns": modified_ns}
+            for file, modified_ns in zip(self.inputs, self.modified_ns, strict=True)
+        )
+        units = (unit.to_json() for unit in self.units)
+        with AtomicFile(path) as file:
+            file.write(b'{\n"format_version": %d,\n' % FORMAT_VERSION)
+            file.write(b'"settings": %s,\n' % orjson.dumps(self.settings))
+            file.write(b'"prior_files": %s,\n' % orjson.dumps(self.prior_files))
+            file.write(b'"inputs": [')
+            _write_records(file, inputs)
+            file.write(b'],\n"units": [')
+            _write_records(file, units)
+            file.write(b"]\n}\n")
+            file.commit()
+
+
+def _write_records(file: AtomicFile, records: Iterator[dict[str, Any]]) -> None:
+    """A line for each item of a JSON list."""
+    separator = b"\n"
+    for record in records:
+        file.write(separator + orjson.dumps(record))
+        separator = b",\n"
+    file.write(b"\n")
 
 
 def load_plan(path: Path) -> Plan | None:
@@ -89,58 +116,111 @@ def load_plan(path: Path) -> Plan | None:
         PlanError: it is damaged or of another version.
     """
     try:
-        content = orjson.loads(path.read_bytes())
-        if content["format_version"] != FORMAT_VERSION:
-            raise KeyError(f"format_version {content['format_version']}")
-        return Plan(
-            settings=content["settings"],
-            inputs=[InputFile.from_json(fields) for fields in content["inputs"]],
-            units=[WorkUnit.from_json(fields) for fields in content["units"]],
-            file_states=content["file_states"],
-        )
+        with path.open("rb") as lines:
+            if (opening := next(lines)) != b"{\n":
+                raise ValueError(f"it begins with {opening[:20]!r}")
+            if (version := _read_field(lines, "format_version")) != FORMAT_VERSION:
+                raise ValueError(f"format_version {version}")
+            settings, prior_files = _read_field(lines, "settings"), _read_field(lines, "prior_files")
+            inputs: list[InputFile] = []
+            modified_ns = array("q")
+            for fields in _read_records(lines, "inputs"):
+                modified_ns.append(fields.pop("modified_ns"))
+                _share_strings(fields)
+                inputs.append(InputFile.from_json(fields))
+            paths = {file.path: file.path for file in inputs}
+            units = []
+            for fields in _read_records(lines, "units"):
+                for part in fields["parts"]:
+                    _share_strings(part)
+                    part["path"] = paths[part["path"]]  # one string, however many parts
+                units.append(WorkUnit.from_json(fields))
+            return Plan(settings, inputs, units, modified_ns, prior_files)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, StopIteration, ValueError, KeyError, TypeError) as error:
         raise PlanError(
-            f"{path}: not a plan of this version ({error}); --restart discards it and what was done"
+            f"{path}: not a plan of this version ({error!r}); --restart discards it and what was done"
         ) from error
 
 
+def _share_strings(fields: dict[str, Any]) -> None:
+    """Let all files and parts have the same few strings."""
+    for name in ("format", "compression"):
+        fields[name] = sys.intern(fields[name])
+
+
+def _read_field(lines: Iterator[bytes], name: str) -> Any:
+    """The value of the field on the next line."""
+    return orjson.loads(b"{%s}" % next(lines).rstrip(b",\n"))[name]
+
+
+def _read_records(lines: Iterator[bytes], name: str) -> Iterator[dict[str, Any]]:
+    """The items of a list, a line each."""
+    if (opening := next(lines, b"")) != b'"%s": [\n' % name.encode():
+        raise ValueError(f"{name} are expected, found {opening[:20]!r}")
+    while not (line := next(lines, b"")).startswith(b"]"):
+        if not line:
+            raise ValueError("it ends too early")
+        yield orjson.loads(line.rstrip(b",\n"))
+
+
 def make_plan(
-    config: PreprocessConfig, tokenizer: Tokenizer, prior: PriorPlan | None, recorded: Plan | None
+    config: PreprocessConfig, tokenizers: JobTokenizers, prior: PriorPlan | None, recorded: Plan | None
 ) -> Plan:
     """The plan of a configuration.
 
     Args:
         config: the job.
-        tokenizer: its tokenizer.
+        tokenizers: its tokenizers.
         prior: its prior, if it edits.
         recorded: an earlier plan, whose scan of unchanged input files is taken over.
 
     Raises:
-        DataFormatError: an input file is missing, empty or unreadable, or has no field for several keys.
+        DataFormatError: an input file is missing, empty, unreadable or changing, or has no field for several
+            keys.
     """
     paths = expand_inputs(config.input)
-    states = {path: _file_state(path) for path in paths}
-    unit_size = _unit_size(config, sum(size for size, _ in states.values()))
-    settings = _settings(config, tokenizer, prior) | {"unit": unit_size}
+    sizes, modified_ns = array("q"), array("q")
+    for path in paths:
+        size, modified = _file_state(path)
+        sizes.append(size)
+        modified_ns.append(modified)
+    unit_size = _unit_size(config, sum(sizes))
+    settings = _settings(config, tokenizers, prior) | {"unit": unit_size}
+    prior_files = prior.identity.files.to_json() if prior else None
     if (
         recorded is not None
-        and recorded.file_states == states
-        and [file.path for file in recorded.inputs] == paths
+        and recorded.modified_ns == modified_ns
+        and all(map(_is_file, recorded.inputs, paths, sizes))
         and recorded.settings.get("unit") == unit_size
     ):
-        return Plan(settings, recorded.inputs, recorded.units, states)
+        return Plan(settings, recorded.inputs, recorded.units, modified_ns, prior_files)
     inputs, units = plan_units(
         paths, unit_documents=unit_size.get("documents"), unit_bytes=unit_size.get("bytes")
     )
-    if len(config.json_keys) > 1 and (
-        text := [file.path for file in inputs if file.format.startswith("text")]
-    ):
-        raise DataFormatError(
-            f"{text[0]}: a text file has one field, but --json-keys asks for {', '.join(config.json_keys)}"
-        )
-    return Plan(settings, inputs, units, states)
+    _check_scan(inputs, sizes, config.json_keys)
+    return Plan(settings, inputs, units, modified_ns, prior_files)
+
+
+def _check_scan(inputs: Sequence[InputFile], sizes: Sequence[int], json_keys: Sequence[str]) -> None:
+    """Refuse files that grew or shrank while they were read, and several keys of a file with one field.
+
+    Raises:
+        DataFormatError: with the first of them.
+    """
+    for file, size in zip(inputs, sizes, strict=True):
+        if file.num_bytes != size:
+            raise _changed_while_read(file.path)
+        if len(json_keys) > 1 and file.format.startswith("text"):
+            raise DataFormatError(
+                f"{file.path}: a text file has one field, but --json-keys asks for {', '.join(json_keys)}"
+            )
+
+
+def _is_file(file: InputFile, path: str, num_bytes: int) -> bool:
+    """Whether a recorded input file is that of a path and a size."""
+    return file.path == path and file.num_bytes == num_bytes
 
 
 def refuse_changes(recorded: Plan, asked: Plan, path: Path) -> None:
@@ -167,21 +247,30 @@ def refuse_changes(recorded: Plan, asked: Plan, path: Path) -> None:
     )
 
 
-def _settings(config: PreprocessConfig, tokenizer: Tokenizer, prior: PriorPlan | None) -> dict[str, Any]:
+def _settings(config: PreprocessConfig, tokenizers: JobTokenizers, prior: PriorPlan | None) -> dict[str, Any]:
     """What is done to the documents, in the names of the flags where there are any."""
+    output = tokenizers.output
     return {
         "json_keys": config.json_keys,
-        "tokenizer": {
-            "type": tokenizer.tokenizer_type,
-            "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.eod,
-            "fingerprint": tokenizer.fingerprint,
-        },
+        "tokenizer": _tokenizer_settings(tokenizers.text),
+        "output_tokenizer": (
+            _tokenizer_settings(output) | {"round_trip": config.output_round_trip} if output else None
+        ),
         "append_eod": config.append_eod,
         "special_tokens_in_text": config.special_tokens_in_text,
         "group_bytes": GROUP_BYTES,
         "edit": edit_settings(config) if config.edits else {"strategy": "none"},
         "prior": prior.settings() if prior else None,
+    }
+
+
+def _tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer determines the bytes."""
+    return {
+        "type": tokenizer.tokenizer_type,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "fingerprint": tokenizer.fingerprint,
     }
 
 
@@ -199,26 +288,34 @@ def refuse_changed_files(plan: Plan) -> None:
     Raises:
         DataFormatError: with the first of them.
     """
-    for path, state in plan.file_states.items():
-        if _file_state(path) != state:
-            raise DataFormatError(
-                f"{path}: was changed while it was being read; run again, with --restart if its content is "
-                "another now"
-            )
+    for file, modified_ns in zip(plan.inputs, plan.modified_ns, strict=True):
+        if _file_state(file.path) != (file.num_bytes, modified_ns):
+            raise _changed_while_read(file.path)
 
 
-def _without_path(part: InputFile | WorkUnit) -> dict[str, Any]:
+def _changed_while_read(path: str) -> DataFormatError:
+    """What to say of a file that another process writes to."""
+    return DataFormatError(
+        f"{path}: was changed while it was being read; run again, with --restart if its content is another "
+        "now"
+    )
+
+
+def _without_path(record: InputFile | WorkUnit) -> dict[str, Any]:
     """The fields of an input file or a unit that say what is in it."""
-    return {name: value for name, value in part.to_json().items() if name != "path"}
+    fields = record.to_json()
+    for part in fields.get("parts", [fields]):
+        del part["path"]
+    return fields
 
 
-def _file_state(path: str) -> list[int]:
-    """Size and time of change of a file."""
+def _file_state(path: str) -> tuple[int, int]:
+    """Size in bytes and time of change in ns of a file."""
     try:
         state = os.stat(path)
     except OSError as error:
         raise DataFormatError(f"{path}: cannot be read: {error.strerror}") from error
-    return [state.st_size, state.st_mtime_ns]
+    return state.st_size, state.st_mtime_ns
 
 
 def _differences(recorded: Plan, asked: Plan) -> Iterator[str]:

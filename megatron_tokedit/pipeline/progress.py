@@ -11,6 +11,7 @@ from typing import Protocol
 from megatron_tokedit.log import get_logger
 
 logger = get_logger(__name__)
+_LOG_SECONDS = 30.0
 
 
 class Progress(Protocol):
@@ -27,7 +28,7 @@ class Progress(Protocol):
 
 
 class LogProgress:
-    """Logs a line about every ``interval`` documents.
+    """Logs a line about every ``interval`` documents, and at least every half minute.
 
     Args:
         interval: documents between two lines.
@@ -36,21 +37,24 @@ class LogProgress:
     def __init__(self, interval: int) -> None:
         self._interval = interval
         self._total = self._done = self._tokens = self._next = 0
-        self._begin_seconds = 0.0
+        self._begin_seconds = self._next_seconds = 0.0
 
     def start(self, total_documents: int, done_documents: int) -> None:
         """See :class:`Progress`."""
         self._total, self._done, self._tokens = total_documents, done_documents, 0
         self._next = done_documents + self._interval
         self._begin_seconds = time.perf_counter()
+        self._next_seconds = self._begin_seconds + _LOG_SECONDS
 
     def advance(self, documents: int, tokens: int) -> None:
         """See :class:`Progress`."""
         self._done += documents
         self._tokens += tokens
-        if self._done >= self._next:
+        now = time.perf_counter()
+        if self._done >= self._next or now >= self._next_seconds:
             self._next = self._done + self._interval
-            seconds = max(time.perf_counter() - self._begin_seconds, 1e-9)
+            self._next_seconds = now + _LOG_SECONDS
+            seconds = max(now - self._begin_seconds, 1e-9)
             logger.info(
                 "%d of %d documents (%.1f%%), %.0f tokens/s",
                 self._done,

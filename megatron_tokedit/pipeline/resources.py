@@ -1,30 +1,31 @@
-"""What a job works with, found and checked before any document is read: tokenizer, prior, edit method.
+"""What a job works with, found and checked before any document is read: tokenizers and prior.
 
 Invariant: a tokenizer and a prior that do not belong together never meet a document.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.edit.editor import EditMethod, Editor
-from megatron_tokedit.edit.rules import DEFAULT_TEMPERATURE, preset
-from megatron_tokedit.edit.samplers import TopK
 from megatron_tokedit.errors import TokenizerError
-from megatron_tokedit.scoring.base import CandidateRequest, Scorer
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import torch, which a job that edits nothing does not need
-    from megatron_tokedit.scoring.identity import PriorIdentity
-    from megatron_tokedit.scoring.scorer import ScoringOptions
+    from megatron_tokedit.scoring.identity import PriorFiles, PriorIdentity
+    from megatron_tokedit.scoring.scorer import CausalScorer, ScoringOptions
 
 _PROBE = (
     "The quick brown fox jumps over the lazy dog. One day, a little girl named Lily found 12 apples;\n"
     "she said: \"There's more (and better) in the house.\" In 1987, the European Union's parliament met."
 )
+_PROCESS_BYTES = 1 << 30
+"""An interpreter with torch, and the activations of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,14 @@ class PriorPlan:
     threads: int
     device: str
 
+    @property
+    def memory_bytes(self) -> int:
+        """What one copy of it is expected to need: weights in its precision, and buffers."""
+        weights = self.identity.weight_bytes * (
+            2 if self.dtype == "float32" else 1
+        )  # files may hold bfloat16
+        return weights + self.options.logits_bytes + _PROCESS_BYTES
+
     def settings(self) -> dict[str, Any]:
         """What of it determines the bytes, for the plan and the manifest."""
         return {
@@ -62,68 +71,71 @@ class PriorPlan:
         }
 
 
-def edit_method(config: PreprocessConfig) -> EditMethod:
-    """The edit method of a configuration."""
-    temperature = config.edit_temperature or DEFAULT_TEMPERATURE.get(config.edit_strategy, 1.0)
-    return EditMethod(
-        rules=preset(
-            config.edit_strategy,
-            threshold=config.edit_threshold,
-            low_threshold=config.edit_low_threshold,
-        ),
-        sampler=TopK(config.edit_top_k, temperature),
-        seed=config.seed,
-        exclude_original=config.edit_exclude_original,
+@dataclass(frozen=True, slots=True)
+class JobTokenizers:
+    """The tokenizers of a job.
+
+    Attributes:
+        text: reads the text; the prior's, where there is one.
+        output: the training tokenizer, where it is another.
+    """
+
+    text: Tokenizer
+    output: Tokenizer | None = None
+
+    @property
+    def written(self) -> Tokenizer:
+        """The tokenizer whose ids are written."""
+        return self.output or self.text
+
+
+def load_tokenizers(config: PreprocessConfig) -> JobTokenizers:
+    """Load the tokenizers of a configuration.
+
+    Raises:
+        TokenizerError: one cannot be loaded, or cannot split control tokens that a text spells.
+    """
+    split = config.special_tokens_in_text == "split"
+    text = load_tokenizer(config.tokenizer_type, config.tokenizer_model, split_special_tokens=split)
+    if config.output_tokenizer_type is None or config.output_tokenizer_model is None:
+        return JobTokenizers(text)
+    output = load_tokenizer(
+        config.output_tokenizer_type, config.output_tokenizer_model, split_special_tokens=split
     )
+    if output.fingerprint == text.fingerprint:
+        raise TokenizerError(
+            f"the output tokenizer {output.tokenizer_model} is the prior's tokenizer {text.tokenizer_model}; "
+            "leave --output-tokenizer-type and --output-tokenizer-model out"
+        )
+    return JobTokenizers(text, output)
 
 
-def edit_settings(config: PreprocessConfig) -> dict[str, Any]:
-    """Every edit setting, for the plan and the manifest."""
-    method = edit_method(config)
-    return {
-        "strategy": config.edit_strategy,
-        "threshold": config.edit_threshold,
-        "low_threshold": config.edit_low_threshold,
-        "comparison": "p >= threshold; p < low_threshold",
-        "sampler": config.edit_sampler,
-        "top_k": config.edit_top_k,
-        "temperature": method.sampler.temperature if isinstance(method.sampler, TopK) else None,
-        "exclude_original": config.edit_exclude_original,
-        "generation": method.generation,
-        "seed": config.seed,
-    }
+def known_prior_files(plan_path: Path) -> PriorFiles | None:
+    """The prior's files as a recorded plan knows them; None where there is no usable record."""
+    from megatron_tokedit.scoring.identity import PriorFiles
 
-
-def make_editor(config: PreprocessConfig, tokenizer: Tokenizer) -> Editor:
-    """The editor of a job."""
-    return Editor(
-        edit_method(config),
-        vocab_size=tokenizer.vocab_size,
-        special_ids=tokenizer.special_ids,
-        bos=tokenizer.bos,
-    )
-
-
-def candidate_request(editor: Editor, tokenizer: Tokenizer, scorer: Scorer) -> CandidateRequest:
-    """What to ask of the scorer: no special tokens, and no ids that the tokenizer does not have."""
-    beyond = range(tokenizer.vocab_size, scorer.vocab_size)
-    return CandidateRequest(
-        num_candidates=editor.method.sampler.num_candidates,
-        intervals=editor.method.rules.resample_intervals,
-        excluded_ids=tuple(sorted(tokenizer.special_ids | set(beyond))),
-    )
+    try:
+        recorded = orjson.loads(plan_path.read_bytes()).get("prior_files")
+        return PriorFiles.from_json(recorded) if recorded else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def find_prior(
-    config: PreprocessConfig, tokenizer: Tokenizer, *, only_merges: bool = False
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    *,
+    only_merges: bool = False,
+    known: PriorFiles | None = None,
 ) -> PriorPlan | None:
     """Identify the prior, check that it fits the tokenizer and settle its windows; None where nothing is
     edited.
 
     Args:
         config: the job.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, the one that reads the text.
         only_merges: this process scores nothing, so the device need not be here.
+        known: the prior's files as an earlier run found them, so that unchanged ones are not read again.
 
     Raises:
         PriorError: the prior is not usable.
@@ -140,7 +152,7 @@ def find_prior(
     )
 
     device = config.prior_device if only_merges else resolve_device(config.prior_device).type
-    identity = identify_prior(config.prior, config.prior_backend)
+    identity = identify_prior(config.prior, config.prior_backend, known=known)
     _check_tokenizer(tokenizer, identity)
     options = scoring_options(
         identity,
@@ -164,7 +176,7 @@ def _start_id(tokenizer: Tokenizer, identity: PriorIdentity) -> int | None:
     return tokenizer.bos if tokenizer.prepends_bos and tokenizer.bos not in tokenizer.prefix_ids else None
 
 
-def load_prior(prior: PriorPlan) -> Scorer:
+def load_prior(prior: PriorPlan) -> CausalScorer:
     """Load the prior of a plan into this process and set the number of torch threads.
 
     Raises:
@@ -178,6 +190,14 @@ def load_prior(prior: PriorPlan) -> Scorer:
     scorer = load_scorer(prior.identity, prior.options, dtype=prior.dtype, device=prior.device)
     torch.set_num_threads(prior.threads)  # megatron's initialisation may have chosen its own
     return scorer
+
+
+def environment(device: str) -> str:
+    """The device's name and the versions that decide how a prior's floats round."""
+    import torch
+
+    name = "CPU" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{name}, torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}"
 
 
 def _check_tokenizer(tokenizer: Tokenizer, identity: PriorIdentity) -> None:

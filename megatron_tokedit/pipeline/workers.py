@@ -25,13 +25,16 @@ from megatron_tokedit import log
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.errors import TokeditError
-from megatron_tokedit.pipeline.placement import usable_cores
+from megatron_tokedit.pipeline.placement import usable_bytes, usable_cores
 from megatron_tokedit.pipeline.progress import Progress
-from megatron_tokedit.pipeline.resources import PriorPlan
-from megatron_tokedit.pipeline.unit import UnitResult, UnitWorker
-from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
+from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, load_tokenizers
+from megatron_tokedit.pipeline.results import UnitResult
+from megatron_tokedit.pipeline.unit import UnitWorker
 
+logger = log.get_logger(__name__)
 _STOP_SECONDS = 5.0
+_MEMORY_SHARE = 0.8
+"""Of the memory that is free, what the workers' priors may take by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,7 @@ class DeadWorker:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         if self.unit is None:
             return f"a worker {how} while it started"
-        unit = self.unit
-        first = unit.first_line
-        return f"a worker {how} in work unit {unit.unit_id} ({unit.path}, from document or line {first})"
+        return f"a worker {how} in work unit {self.unit.unit_id} ({self.unit.where})"
 
 
 @dataclass(slots=True)
@@ -63,26 +64,34 @@ class _Worker:
 def count_workers(config: PreprocessConfig, prior: PriorPlan | None, num_units: int) -> int:
     """Processes for so many units: as configured, else what keeps the usable cores busy.
 
-    By default a prior on a GPU has one process, one on CPU a process for every ``prior_threads`` cores.
+    By default a prior on a GPU has one process, one on CPU a process for every ``prior_threads`` cores, as
+    many as the memory holds.
     """
     if config.workers is not None:
         wanted = config.workers
     elif prior is not None and prior.device != "cpu":
         wanted = 1
+    elif prior is not None:
+        cores = usable_cores(os.environ) // prior.threads
+        wanted = min(cores, int(_MEMORY_SHARE * usable_bytes()) // prior.memory_bytes)
+        if wanted < cores:
+            logger.info(
+                "memory holds %d copies of the prior, so not every core gets a worker", max(1, wanted)
+            )
     else:
-        wanted = usable_cores(os.environ) // (prior.threads if prior else 1)
+        wanted = usable_cores(os.environ)
     return max(1, min(wanted, num_units))
 
 
 def run_in_process(
     config: PreprocessConfig,
-    tokenizer: Tokenizer,
+    tokenizers: JobTokenizers,
     prior: PriorPlan | None,
     units: Sequence[WorkUnit],
     progress: Progress,
 ) -> Generator[UnitResult, None, None]:
     """Do the units in this process, in order."""
-    worker = UnitWorker(config, tokenizer, prior)
+    worker = UnitWorker(config, tokenizers, prior)
     for unit in units:
         yield worker.process(unit, progress.advance)
 
@@ -185,8 +194,7 @@ def _work(
     if prior is not None and prior.device != "cpu":
         _choose_gpu(num_workers, index)
     try:
-        tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-        worker = UnitWorker(config, tokenizer, prior)
+        worker = UnitWorker(config, load_tokenizers(config), prior)
         connection.send(("ready", None))
         while (unit := connection.recv()) is not None:
             result = worker.process(

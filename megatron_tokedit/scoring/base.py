@@ -8,12 +8,20 @@ beyond float rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Nucleus:
+    """The fewest most probable ids that have probability ``top_p`` together, at a temperature."""
+
+    top_p: float
+    temperature: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +31,16 @@ class CandidateRequest:
     A row needs candidates when its probability lies in one of ``intervals`` (closed on both ends, in
     log-probability). ``excluded_ids`` never appear among candidates (their probability stays in the
     normalisation).
+
+    With a ``nucleus``, of the ids kept so far (the ``num_candidates`` most probable; None: all) the
+    candidates are the shortest run of most probable ones whose softmax(log-probability / temperature) over
+    what is kept adds up to ``top_p``: temperature, then top-k, then top-p, as transformers and vLLM do it.
     """
 
-    num_candidates: int
+    num_candidates: int | None
     intervals: tuple[tuple[float, float], ...]
     excluded_ids: tuple[int, ...] = ()
+    nucleus: Nucleus | None = None
 
 
 @dataclass(slots=True)
@@ -40,7 +53,8 @@ class TokenScores:
             requested interval (position 0 too, where BOS was prepended).
         candidate_ids_EK: int32 ``[E, K]``, by falling log-probability, ties by rising id.
         candidate_logprobs_EK: float32 ``[E, K]``, over the whole vocabulary (not renormalised).
-        K is ``min(num_candidates, vocab - excluded)``.
+        K is ``min(num_candidates, vocab - excluded)``; with a nucleus that of the document's widest row, and
+        narrower rows are padded with id -1 and log-probability -inf.
     """
 
     logprobs_T: npt.NDArray[np.float32]
@@ -62,9 +76,15 @@ class Scorer(Protocol):
         """SHA-256 (hex) of what determines the scores: weights, architecture, dtype, context and overlap."""
 
     def score(
-        self, documents: Sequence[npt.NDArray[np.int32]], candidates: CandidateRequest | None = None
+        self,
+        documents: Sequence[npt.NDArray[np.int32]],
+        candidates: CandidateRequest | None = None,
+        *,
+        on_batch: Callable[[int], None] | None = None,
     ) -> list[TokenScores]:
         """Score documents; one result each, in order. Empty documents give empty results.
+
+        ``on_batch`` is told the number of tokens that each batch scored.
 
         Batches are formed among ``documents`` only, in an order that depends on nothing else.
 

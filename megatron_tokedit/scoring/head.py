@@ -1,23 +1,28 @@
-"""The output head in chunks: hidden states in, log-probabilities and candidates out, within a byte budget.
+"""The output head in tiles: hidden states in, log-probabilities out, within a byte budget.
 
-Invariant: a [tokens, vocabulary] matrix never exists; a chunk's logits and their copies stay within
-``logits_bytes`` (one row at least). Log-softmax is float32 over the real vocabulary. Candidates are looked
-for only in the rows whose log-probability lies in a requested interval.
+Invariant: a [tokens, vocabulary] matrix never exists. On a CPU a tile is some rows by some columns of the
+logits, small enough that its passes (maximum, exponential, sum) find it in the second-level cache; on a GPU
+it is some rows by the whole vocabulary, within ``logits_bytes``. Log-softmax is float32 over the real
+vocabulary.
 
-Legend: ``N`` rows of a batch, ``n`` rows of a chunk, ``H`` hidden size, ``V`` vocabulary, ``E`` rows with
-candidates, ``K`` candidates a row.
+Legend: ``N`` rows of a batch, ``n`` rows of a tile, ``H`` hidden size, ``V`` vocabulary, ``v`` columns of a
+tile, ``C`` column blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_tokedit.scoring.base import CandidateRequest
+from megatron_tokedit.scoring.memory import ChunkLimit
+from megatron_tokedit.scoring.packed import can_pack, pack, packed_linear
 
-_COPIES = 3
-"""float32 [n, V] buffers alive at once: the logits, logsumexp's temporary, the candidate rows."""
+_CPU_COLUMNS = 1024
+_CPU_ROWS = 1024
+_COPIES = 4
+"""float32 [n, V] buffers alive at once where candidates are looked for in whole rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +48,26 @@ class OutputHead:
 
     @property
     def row_bytes(self) -> int:
-        """Peak bytes that one row of logits takes in :func:`score_rows`."""
-        low_precision = self.weight_VH.element_size() if self.weight_VH.dtype != torch.float32 else 0
-        return self.vocab_size * (_COPIES * 4 + low_precision)
+        """Peak bytes that one whole row of logits takes."""
+        return self.vocab_size * (_COPIES * 4 + self.copy_bytes)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of a logit before it is float32; none where it is born so."""
+        return self.weight_VH.element_size() if self.weight_VH.dtype != torch.float32 else 0
 
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """float32 logits ``[n, V]``; the product is done in the weights' precision."""
         hidden_nH = hidden_nH.to(self.weight_VH.dtype)
-        logits_nV = torch.nn.functional.linear(hidden_nH, self.weight_VH, self.bias_V).float()
+        return self.finish_(torch.nn.functional.linear(hidden_nH, self.weight_VH, self.bias_V).float())
+
+    def finish_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale and cap float32 logits, in place."""
         if self.scale != 1.0:
-            logits_nV = logits_nV.mul_(self.scale)
+            logits = logits.mul_(self.scale)
         if self.softcap is not None:
-            logits_nV = logits_nV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_nV
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,100 +75,112 @@ class RowScores:
     """Scores of ``N`` rows, on the head's device.
 
     Attributes:
-        logprobs_N: float32 ``[N]`` of the targets.
-        rows_E: int64 ``[E]``, ascending: rows that lie in a requested interval.
-        candidate_ids_EK: int32 ``[E, K]``, by falling log-probability, ties by rising id.
-        candidate_logprobs_EK: float32 ``[E, K]``.
+        logprobs_N: float32 ``[N]`` of the targets, at most 0.
+        normalisers_N: float32 ``[N]``: log of the sum of the exponentials of a row's logits.
+        maxima_CN: float32 ``[C, N]``: the largest logit of each column block.
     """
 
     logprobs_N: torch.Tensor
-    rows_E: torch.Tensor
-    candidate_ids_EK: torch.Tensor
-    candidate_logprobs_EK: torch.Tensor
+    normalisers_N: torch.Tensor
+    maxima_CN: torch.Tensor
 
 
-def num_candidates(request: CandidateRequest | None, vocab_size: int) -> int:
-    """K of a request: what is asked for, or all that the vocabulary has."""
-    if request is None:
-        return 0
-    return min(request.num_candidates, vocab_size - len(set(request.excluded_ids)))
-
-
-def score_rows(
-    head: OutputHead,
-    hidden_NH: torch.Tensor,
-    targets_N: torch.Tensor,
-    request: CandidateRequest | None,
-    *,
-    logits_bytes: int,
-) -> RowScores:
-    """Log-probability of each row's target, and candidates where the request wants them.
+class TiledHead:
+    """An :class:`OutputHead` applied tile by tile; see the module.
 
     Args:
         head: the output head.
-        hidden_NH: ``[N, H]`` final hidden states.
-        targets_N: int64 ``[N]``.
-        request: rows and number of candidates; None for log-probabilities alone.
-        logits_bytes: bound on the chunks' memory.
+        logits_bytes: bound on the memory of logits and their copies (one row at least).
     """
-    device = hidden_NH.device
-    chunk_rows = max(1, logits_bytes // head.row_bytes)
-    width = num_candidates(request, head.vocab_size)
-    excluded = torch.tensor(
-        sorted(set(request.excluded_ids)) if request else [], dtype=torch.int64, device=device
-    )
-    logprobs = [torch.empty(0, device=device)]
-    rows = [torch.empty(0, dtype=torch.int64, device=device)]
-    ids = [torch.empty(0, width, dtype=torch.int32, device=device)]
-    candidate_logprobs = [torch.empty(0, width, device=device)]
-    for start in range(0, len(targets_N), chunk_rows):
-        logits_nV = head.logits(hidden_NH[start : start + chunk_rows])
-        targets_n = targets_N[start : start + chunk_rows]
-        normaliser_n = torch.logsumexp(logits_nV, dim=1)
-        logprobs_n = logits_nV.gather(1, targets_n[:, None])[:, 0] - normaliser_n
-        logprobs.append(logprobs_n)
-        if request is None or width <= 0:
-            continue
-        rows_E = _rows_in_intervals(logprobs_n, request.intervals)
-        if len(rows_E):
-            logits_EV = logits_nV[rows_E]
-            if len(excluded):
-                logits_EV[:, excluded] = -torch.inf
-            rows.append(rows_E + start)
-            top_ids_EK, top_logprobs_EK = top_candidates(logits_EV, normaliser_n[rows_E], width)
-            ids.append(top_ids_EK)
-            candidate_logprobs.append(top_logprobs_EK)
-    return RowScores(torch.cat(logprobs), torch.cat(rows), torch.cat(ids), torch.cat(candidate_logprobs))
 
+    def __init__(self, head: OutputHead, *, logits_bytes: int) -> None:
+        self.head = head
+        is_cpu = head.weight_VH.device.type == "cpu"
+        width = min(_CPU_COLUMNS, head.vocab_size) if is_cpu else head.vocab_size
+        self.columns = [
+            slice(start, min(start + width, head.vocab_size)) for start in range(0, head.vocab_size, width)
+        ]
+        self.width = width
+        low_precision = head.weight_VH.dtype != torch.float32
+        self._packed: list[torch.Tensor] | None = None
+        if is_cpu and low_precision and can_pack(head.weight_VH.dtype):
+            self._packed = [pack(head.weight_VH[block]) for block in self.columns]
+        tile_rows = logits_bytes // (width * (4 + head.copy_bytes))
+        self._tile_rows = ChunkLimit(min(tile_rows, _CPU_ROWS) if is_cpu else logits_bytes // head.row_bytes)
+        self.whole_rows = ChunkLimit(logits_bytes // head.row_bytes)
+        self.logits_bytes = logits_bytes
 
-def top_candidates(
-    logits_EV: torch.Tensor, normaliser_E: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``width`` most probable ids of each row, and their log-probabilities.
+    def tile(self, hidden_nH: torch.Tensor, block: int, out_nv: torch.Tensor) -> None:
+        """Write the float32 logits of a column block into ``out_nv``, contiguous ``[n, v]``."""
+        head, columns = self.head, self.columns[block]
+        bias_v = None if head.bias_V is None else head.bias_V[columns]
+        if self._packed is not None:
+            out_nv.copy_(packed_linear(hidden_nH, self._packed[block], bias_v))
+        elif head.weight_VH.dtype == torch.float32:
+            torch.mm(hidden_nH, head.weight_VH[columns].t(), out=out_nv)
+            if bias_v is not None:
+                out_nv.add_(bias_v)
+        else:
+            out_nv.copy_(torch.nn.functional.linear(hidden_nH, head.weight_VH[columns], bias_v))
+        head.finish_(out_nv)
 
-    Ties are resolved by rising id, also the tie at the last place (``torch.topk`` promises nothing about
-    either): a row whose next logit equals its last chosen one is sorted in full, which is rare.
+    def score(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> RowScores:
+        """Log-probability of each row's target.
 
-    Returns:
-        int32 ``[E, K]`` and float32 ``[E, K]``.
-    """
-    values_EK, ids_EK = torch.topk(logits_EV, min(width + 1, logits_EV.shape[1]), dim=1)
-    if values_EK.shape[1] > width:
-        tied_rows = (values_EK[:, width] == values_EK[:, width - 1]).nonzero()[:, 0]
-        values_EK, ids_EK = values_EK[:, :width], ids_EK[:, :width]
-        if len(tied_rows):
-            values, ids = torch.sort(logits_EV[tied_rows], dim=1, descending=True, stable=True)
-            values_EK = values_EK.index_copy(0, tied_rows, values[:, :width])
-            ids_EK = ids_EK.index_copy(0, tied_rows, ids[:, :width])
-    logprobs_EK = values_EK - normaliser_E[:, None]
-    ids_EK, order_EK = torch.sort(ids_EK, dim=1)
-    logprobs_EK, order_EK = torch.sort(logprobs_EK.gather(1, order_EK), dim=1, descending=True, stable=True)
-    return ids_EK.gather(1, order_EK).int(), logprobs_EK
+        Args:
+            hidden_NH: ``[N, H]`` final hidden states.
+            targets_N: int64 ``[N]``.
 
+        Raises:
+            PriorError: out of memory even with one row at a time.
+        """
+        hidden_NH = hidden_NH.to(self.head.weight_VH.dtype)
+        num_rows, device = len(targets_N), hidden_NH.device
+        logits_N = torch.empty(num_rows, device=device)
+        maxima_CN = torch.empty(len(self.columns), num_rows, device=device)
+        sums_CN = torch.empty_like(maxima_CN)
 
-def _rows_in_intervals(logprobs_n: torch.Tensor, intervals: tuple[tuple[float, float], ...]) -> torch.Tensor:
-    """Rows whose log-probability lies in any of the closed intervals: int64, ascending."""
-    wanted_n = torch.zeros_like(logprobs_n, dtype=torch.bool)
-    for low, high in intervals:
-        wanted_n |= (logprobs_n >= low) & (logprobs_n <= high)
-    return wanted_n.nonzero()[:, 0]
+        def score_rows(start: int, stop: int) -> bool:
+            rows = slice(start, stop)
+            self._score_rows(
+                hidden_NH[rows], targets_N[rows], logits_N[rows], maxima_CN[:, rows], sums_CN[:, rows]
+            )
+            return True
+
+        self._tile_rows.run(num_rows, score_rows)
+        normalisers_N = torch.logsumexp(sums_CN.log_().add_(maxima_CN), dim=0)
+        logprobs_N = (logits_N - normalisers_N).clamp_(max=0.0)
+        return RowScores(logprobs_N, normalisers_N, maxima_CN)
+
+    def _score_rows(
+        self,
+        hidden_nH: torch.Tensor,
+        targets_n: torch.Tensor,
+        logits_n: torch.Tensor,
+        maxima_Cn: torch.Tensor,
+        sums_Cn: torch.Tensor,
+    ) -> None:
+        """One chunk of rows, every column block; fills the last three."""
+        num_rows = len(hidden_nH)
+        buffer = torch.empty(num_rows * self.width, device=hidden_nH.device)
+        targets_of = self._targets_by_block(targets_n)
+        for block, columns in enumerate(self.columns):
+            width = columns.stop - columns.start
+            tile_nv = buffer[: num_rows * width].view(num_rows, width)
+            self.tile(hidden_nH, block, tile_nv)
+            if len(self.columns) == 1:
+                torch.gather(tile_nv, 1, targets_n[:, None], out=logits_n[:, None])
+            elif len(rows := targets_of[block]):
+                logits_n[rows] = tile_nv[rows, targets_n[rows] - columns.start]
+            maxima_n = maxima_Cn[block]
+            torch.amax(tile_nv, 1, out=maxima_n)
+            maxima_n.clamp_(min=torch.finfo(torch.float32).min)  # a block of minus infinities: no NaN
+            torch.sum(tile_nv.sub_(maxima_n[:, None]).exp_(), 1, out=sums_Cn[block])
+
+    def _targets_by_block(self, targets_n: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows whose target lies in each column block; empty where there is one block only."""
+        if len(self.columns) == 1:
+            return []
+        sorted_n, order_n = torch.sort(targets_n)
+        stops = torch.tensor([columns.stop for columns in self.columns])
+        return torch.tensor_split(order_n, torch.searchsorted(sorted_n, stops)[:-1])

@@ -1,9 +1,10 @@
 """A Hugging Face causal language model folder as a backbone.
 
 The hidden states come from the base model and the head is applied in chunks, so what stands between them in
-the model's own ``forward`` (a bias, a scale, a soft cap) has to be known here. That it is known is not
-assumed: at load, the chunked head is compared with the model's own logits on a sample, and so is a padded row
-with an unpadded one (a model that looks ahead would differ).
+the model's own ``forward`` (a bias, a scale, a soft cap) has to be known here, and on a CPU the layers are
+replaced by faster ones (``packed``). That all this fits is not assumed: at load, log-probabilities are
+compared on a sample with those of the model as transformers built it, and so is a padded row with an
+unpadded one (a model that looks ahead would differ).
 
 Invariant: a model whose own logits the chunked head does not reproduce is refused.
 """
@@ -21,11 +22,13 @@ from transformers.utils import logging as transformers_logging
 from megatron_tokedit.errors import PriorError
 from megatron_tokedit.scoring.head import OutputHead
 from megatron_tokedit.scoring.identity import UNLIMITED_TOKENS
+from megatron_tokedit.scoring.packed import speed_up
+from megatron_tokedit.scoring.scorer import ModelSize
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
 _SAMPLE_TOKENS = 16
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of log-probabilities that rounding may explain in the check at load."""
 
 
@@ -35,7 +38,7 @@ class HuggingFaceBackbone:
     Args:
         path: model folder.
         fingerprint: of the folder's files.
-        dtype: ``float32`` or ``bfloat16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: where it runs.
 
     Raises:
@@ -50,31 +53,43 @@ class HuggingFaceBackbone:
         self.max_context_tokens = context_limit(config)
         self._base = self._model.base_model
         self.head = _find_head(path, self._model)
-        self._check(path)
+        self.size = _model_size(self._model)
+        sample_1L = self._sample()
+        own_LV = self._own_logprobs(sample_1L)
+        speed_up(self._model)
+        self._check(path, sample_1L, own_LV)
 
     def hidden_states(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """Final hidden states ``[B, L, H]``. No attention mask: rows are padded on the right only."""
         hidden_BLH: torch.Tensor = self._base(input_ids=ids_BL, use_cache=False).last_hidden_state
         return hidden_BLH
 
-    @torch.inference_mode()
-    def _check(self, path: str) -> None:
-        """Compare the chunked head with the model's own logits, and a padded row with an unpadded one."""
+    def _sample(self) -> torch.Tensor:
+        """A few random ids, int64 ``[1, L]``."""
         length = min(_SAMPLE_TOKENS, self.max_context_tokens)
         generator = torch.Generator().manual_seed(0)
-        ids_1L = torch.randint(self.head.vocab_size, (1, length), generator=generator).to(self.device)
-        own_LV = self._model(input_ids=ids_1L, use_cache=False).logits[0, :, : self.head.vocab_size].float()
-        hidden_LH = self.hidden_states(ids_1L)[0]
-        ours_LV = self.head.logits(hidden_LH)
+        return torch.randint(self.head.vocab_size, (1, length), generator=generator).to(self.device)
+
+    @torch.inference_mode()
+    def _own_logprobs(self, ids_1L: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities ``[L, V]`` from the model's own ``forward``."""
+        logits_LV: torch.Tensor = self._model(input_ids=ids_1L, use_cache=False).logits[0]
+        return logits_LV[:, : self.head.vocab_size].float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def _check(self, path: str, ids_1L: torch.Tensor, own_LV: torch.Tensor) -> None:
+        """Compare the chunked head with the model's own answer, and a padded row with an unpadded one."""
+        ours_LV = self.head.logits(self.hidden_states(ids_1L)[0]).log_softmax(-1)
         tolerance = _TOLERANCE[self.head.weight_VH.dtype]
-        difference = (own_LV.log_softmax(-1) - ours_LV.log_softmax(-1)).abs().max().item()
+        difference = (own_LV - ours_LV).abs().max().item()
         if not difference <= tolerance:
             raise PriorError(
                 f"{path}: log-probabilities from the chunked head differ by {difference:.3g} from those of "
                 f"{type(self._model).__name__} itself; this architecture's head is not supported"
             )
-        half_LV = self.head.logits(self.hidden_states(ids_1L[:, : length // 2])[0])
-        difference = (half_LV.log_softmax(-1) - ours_LV[: length // 2].log_softmax(-1)).abs().max().item()
+        half = ids_1L.shape[1] // 2
+        half_LV = self.head.logits(self.hidden_states(ids_1L[:, :half])[0]).log_softmax(-1)
+        difference = (half_LV - ours_LV[:half]).abs().max().item()
         if not difference <= tolerance:
             raise PriorError(
                 f"{path}: what follows a token changes its log-probability by {difference:.3g} "
@@ -153,6 +168,25 @@ def _find_head(path: str, model: Any) -> OutputHead:
         bias_V=layer.bias,
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+    )
+
+
+def _model_size(model: Any) -> ModelSize:
+    """Count the parameters, before layers are replaced."""
+    head = model.get_output_embeddings().weight
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.ndim >= 2 and id(parameter) not in tables and parameter is not head
+    ]
+    config = model.config
+    num_heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return ModelSize(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_matmul_parameters=sum(matrix.numel() for matrix in matrices) + head.numel(),
+        attention_width=config.num_hidden_layers * num_heads * head_size,
     )
 
 

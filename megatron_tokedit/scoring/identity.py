@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from megatron_tokedit.errors import PriorError
 
@@ -20,13 +20,36 @@ _BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
+class PriorFiles:
+    """The files that determine a prior's scores, so that unchanged ones need not be read again.
+
+    Attributes:
+        states: file name -> [size in bytes, time of change in ns].
+        fingerprint: SHA-256 (hex) of their contents.
+    """
+
+    states: dict[str, list[int]]
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as JSON types."""
+        return {"states": self.states, "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """What :meth:`to_json` gave."""
+        return cls(states=value["states"], fingerprint=value["fingerprint"])
+
+
+@dataclass(frozen=True, slots=True)
 class PriorIdentity:
     """What a prior is, from its files alone.
 
     Attributes:
         path: the folder, as given.
         backend: ``hf`` or ``megatron``.
-        fingerprint: SHA-256 (hex) over the configuration and the weights.
+        files: the configuration and the weights.
+        weight_bytes: size of the weights on disk.
         vocab_size: real vocabulary of the model.
         max_context_tokens: longest input.
         tokenizer_fingerprint: of the tokenizer it was trained with, where the folder records it.
@@ -36,11 +59,32 @@ class PriorIdentity:
 
     path: str
     backend: Backend
-    fingerprint: str
+    files: PriorFiles
+    weight_bytes: int
     vocab_size: int
     max_context_tokens: int
     tokenizer_fingerprint: str | None
     start_id: int | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the configuration and the weights."""
+        return self.files.fingerprint
+
+
+def read_files(paths: Sequence[Path], known: PriorFiles | None) -> PriorFiles:
+    """Hash files, unless they are as ``known`` says.
+
+    Raises:
+        PriorError: a file cannot be read.
+    """
+    try:
+        found = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+    except OSError as error:
+        raise PriorError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    if known is not None and known.states == found:
+        return known
+    return PriorFiles(found, hash_files(paths))
 
 
 def hash_files(paths: Sequence[Path]) -> str:

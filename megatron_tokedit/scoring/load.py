@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from megatron_tokedit.errors import ConfigError, PriorError
-from megatron_tokedit.scoring.identity import UNLIMITED_TOKENS, Backend, PriorIdentity, hash_files
+from megatron_tokedit.scoring.identity import UNLIMITED_TOKENS, Backend, PriorFiles, PriorIdentity, read_files
 from megatron_tokedit.scoring.scorer import Backbone, CausalScorer, ScoringOptions
 
 DEFAULT_CONTEXT_TOKENS = 2048
@@ -41,8 +41,15 @@ def detect_backend(path: str) -> Backend:
     )
 
 
-def identify_prior(path: str, backend: Literal["auto", "hf", "megatron"] = "auto") -> PriorIdentity:
+def identify_prior(
+    path: str, backend: Literal["auto", "hf", "megatron"] = "auto", *, known: PriorFiles | None = None
+) -> PriorIdentity:
     """Describe a prior without loading its weights into a model.
+
+    Args:
+        path: the folder.
+        backend: what it is; ``auto``: as its content tells.
+        known: its files as they were found before; unchanged ones are not hashed again.
 
     Raises:
         PriorError: the folder is not a usable prior.
@@ -50,14 +57,16 @@ def identify_prior(path: str, backend: Literal["auto", "hf", "megatron"] = "auto
     if (detect_backend(path) if backend == "auto" else backend) == "megatron":
         from megatron_tokedit.scoring.megatron import identify_checkpoint
 
-        return identify_checkpoint(path)
+        return identify_checkpoint(path, known)
     from megatron_tokedit.scoring.huggingface import context_limit, load_config, weight_files
 
     config = load_config(path)
+    files = weight_files(path)
     return PriorIdentity(
         path=path,
         backend="hf",
-        fingerprint=hash_files(weight_files(path)),
+        files=read_files(files, known),
+        weight_bytes=sum(file.stat().st_size for file in files[1:]),
         vocab_size=config.vocab_size,
         max_context_tokens=context_limit(config),
         tokenizer_fingerprint=None,
@@ -104,7 +113,7 @@ def load_scorer(
     Args:
         identity: from :func:`identify_prior`.
         options: windows and batches.
-        dtype: ``float32`` or ``bfloat16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` (no Megatron checkpoint in this one).
         device: ``auto`` (CUDA where there is a device), ``cpu`` or ``cuda``.
 
     Raises:

@@ -13,15 +13,20 @@ import torch
 
 from megatron_tokedit.engine import checkpoint
 from megatron_tokedit.engine.inference import load_language_model
-from megatron_tokedit.errors import CheckpointError, PriorError
+from megatron_tokedit.errors import CheckpointError, ConfigError, PriorError
 from megatron_tokedit.scoring.head import OutputHead
-from megatron_tokedit.scoring.identity import PriorIdentity, hash_files
+from megatron_tokedit.scoring.identity import PriorFiles, PriorIdentity, read_files
+from megatron_tokedit.scoring.scorer import ModelSize
 
 RECIPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def identify_checkpoint(path: str) -> PriorIdentity:
+def identify_checkpoint(path: str, known: PriorFiles | None = None) -> PriorIdentity:
     """Describe the newest complete checkpoint under ``path`` without loading it.
+
+    Args:
+        path: a step folder or a run folder.
+        known: its files as they were found before; unchanged ones are not hashed again.
 
     Raises:
         PriorError: there is no complete checkpoint, or it does not say what model it holds.
@@ -40,7 +45,8 @@ def identify_checkpoint(path: str) -> PriorIdentity:
     return PriorIdentity(
         path=str(folder),
         backend="megatron",
-        fingerprint=hash_files([folder / name for name in sorted(files)]),
+        files=read_files([folder / name for name in sorted(files)], known),
+        weight_bytes=sum((folder / name).stat().st_size for name in files if name.endswith(".distcp")),
         vocab_size=vocab_size,
         max_context_tokens=max_context_tokens,
         tokenizer_fingerprint=tokenizer.get("fingerprint"),
@@ -58,9 +64,15 @@ class MegatronBackbone:
 
     Raises:
         PriorError: the checkpoint cannot be loaded.
+        ConfigError: a precision that checkpoints are not scored in.
     """
 
     def __init__(self, identity: PriorIdentity, *, dtype: str, device: torch.device) -> None:
+        if dtype not in RECIPES:
+            raise ConfigError(
+                f"prior_dtype={dtype}: the Megatron checkpoint {identity.path} is scored in "
+                f"{' or '.join(RECIPES)}; give one of these"
+            )
         try:
             self._model = load_language_model(identity.path, device=device.type, precision=RECIPES[dtype])
         except CheckpointError as error:
@@ -68,6 +80,7 @@ class MegatronBackbone:
         self.device = self._model.device
         self.max_context_tokens = self._model.max_context_tokens
         self.fingerprint = hashlib.sha256(f"{identity.fingerprint} {dtype}".encode()).hexdigest()
+        self.size = ModelSize(*self._model.count_parameters())
         self.head = OutputHead(weight_VH=self._model.output_weight[: self._model.vocab_size])
 
     def hidden_states(self, ids_BL: torch.Tensor) -> torch.Tensor:

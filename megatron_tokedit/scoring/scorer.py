@@ -1,8 +1,13 @@
-"""The scorer that every backend shares: windows, batches, one forward a batch, the chunked head, reassembly.
+"""The scorer that every backend shares: windows, batches, one forward a batch, the tiled head, candidates.
+
+Each batch goes through three steps: *launch* (forward and log-probabilities), *select* (which rows need
+candidates, and the head again for them) and *collect* (candidates into main memory). On a CPU they follow
+one another. On a GPU they are deferred: batch i + 1 is launched before batch i is selected and batch i - 1
+collected, so what the host waits for was queued before work that still keeps the device busy.
 
 Invariant: batches are formed among the documents of one call only, so a document's scores do not depend on
 who scores it; a forward takes at most ``batch_tokens`` positions (or one window) and the head at most
-``logits_bytes``.
+``logits_bytes``, less where memory runs out.
 
 Legend: ``B`` rows of a batch, ``L`` positions of a batch, ``N`` scored tokens of a batch, ``H`` hidden size,
 ``G`` tokens of all documents of a call, ``E`` rows with candidates, ``K`` candidates a row.
@@ -11,7 +16,8 @@ Legend: ``B`` rows of a batch, ``L`` positions of a batch, ``N`` scored tokens o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +26,35 @@ import numpy.typing as npt
 import torch
 
 from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.log import get_logger
 from megatron_tokedit.scoring.base import CandidateRequest, TokenScores
-from megatron_tokedit.scoring.head import OutputHead, num_candidates, score_rows
+from megatron_tokedit.scoring.batches import Batch, RaggedCandidates, make_batch, split_scores
+from megatron_tokedit.scoring.candidates import WIDENING, CandidateSearch, FoundRows
+from megatron_tokedit.scoring.head import OutputHead, RowScores, TiledHead
+from megatron_tokedit.scoring.memory import attempt
+from megatron_tokedit.scoring.transfer import Download, upload
 from megatron_tokedit.scoring.windows import Window, plan_batches, plan_windows
 
+logger = get_logger(__name__)
+
 Documents = Sequence[npt.NDArray[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What a forward pass costs.
+
+    Attributes:
+        num_parameters: all of them, shared ones once.
+        num_matmul_parameters: of matrix products, output layer included, embedding tables not: each costs a
+            multiplication and an addition a token.
+        attention_width: query heads x size of a head, summed over layers: four operations for each position
+            that a token attends to.
+    """
+
+    num_parameters: int
+    num_matmul_parameters: int
+    attention_width: int
 
 
 class Backbone(Protocol):
@@ -36,6 +66,7 @@ class Backbone(Protocol):
     """Longest input in positions."""
     fingerprint: str
     """SHA-256 (hex) of weights, architecture and dtype."""
+    size: ModelSize
 
     def hidden_states(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """Final hidden states ``[B, L, H]`` of int64 ids; position t must not depend on later positions."""
@@ -50,7 +81,7 @@ class ScoringOptions:
         overlap_tokens: tokens of a window that are context only, in all windows but a document's first.
         start_id: id put before each window; None: none.
         batch_tokens: positions a forward, padding included.
-        logits_bytes: memory of the chunked head.
+        logits_bytes: memory of the tiled head.
     """
 
     context_tokens: int
@@ -61,14 +92,22 @@ class ScoringOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Model input of one batch and where its scores belong."""
+class _Launched:
+    """A batch whose log-probabilities are on their way."""
 
-    ids_BL: npt.NDArray[np.int64]
-    rows_N: npt.NDArray[np.int64]
-    """Flat index into B x L of the hidden state that predicts each scored token."""
-    places_N: npt.NDArray[np.int64]
-    """Flat index of each scored token among all tokens of the call."""
+    batch: Batch
+    hidden_NH: torch.Tensor
+    scores: RowScores
+    logprobs: Download
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """A batch whose candidates are on their way; ``rows_E`` index its scored tokens."""
+
+    launched: _Launched
+    rows_E: npt.NDArray[np.int64]
+    found: Download
 
 
 class CausalScorer:
@@ -77,12 +116,13 @@ class CausalScorer:
     Args:
         backbone: the model.
         options: windows and batches.
+        deferred: select and collect while later batches run (see the module); default: on a GPU.
 
     Raises:
         ConfigError: the context is longer than the model takes, or the overlap not shorter than the context.
     """
 
-    def __init__(self, backbone: Backbone, options: ScoringOptions) -> None:
+    def __init__(self, backbone: Backbone, options: ScoringOptions, *, deferred: bool | None = None) -> None:
         if options.context_tokens > backbone.max_context_tokens:
             raise ConfigError(
                 f"prior_context={options.context_tokens}: the prior takes at most "
@@ -97,6 +137,9 @@ class CausalScorer:
         self.options = options
         self.vocab_size = backbone.head.vocab_size
         self.max_context_tokens = backbone.max_context_tokens
+        self._head = TiledHead(backbone.head, logits_bytes=options.logits_bytes)
+        self._deferred = backbone.device.type == "cuda" if deferred is None else deferred
+        self._has_warned = False
 
     @property
     def fingerprint(self) -> str:
@@ -106,28 +149,37 @@ class CausalScorer:
         text = f"{self.backbone.fingerprint} {windows}"
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def plan(self, lengths: Sequence[int]) -> Iterator[list[Window]]:
+        """The batches, as lists of windows, in which documents of these lengths are scored."""
+        context, overlap = self.options.context_tokens, self.options.overlap_tokens
+        windows = [
+            window
+            for index, length in enumerate(lengths)
+            for window in plan_windows(index, length, context=context, overlap=overlap)
+        ]
+        return plan_batches(windows, self.options.batch_tokens)
+
     @torch.inference_mode()
-    def score(self, documents: Documents, candidates: CandidateRequest | None = None) -> list[TokenScores]:
+    def score(
+        self,
+        documents: Documents,
+        candidates: CandidateRequest | None = None,
+        *,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> list[TokenScores]:
         """See :class:`megatron_tokedit.scoring.base.Scorer`."""
-        options = self.options
         offsets = np.cumsum([0, *(len(ids) for ids in documents)])
         ids_G = np.concatenate([*documents, np.empty(0, np.int32)])
         self._check_ids(ids_G)
-        logprobs_G = np.full(len(ids_G), np.nan, np.float32)
-        width = num_candidates(candidates, self.vocab_size)
-        found = [(np.empty(0, np.int64), np.empty((0, width), np.int32), np.empty((0, width), np.float32))]
-        windows = [
-            window
-            for index, ids in enumerate(documents)
-            for window in plan_windows(
-                index, len(ids), context=options.context_tokens, overlap=options.overlap_tokens
-            )
-        ]
-        for windows_of_batch in plan_batches(windows, options.batch_tokens):
-            batch = _make_batch(windows_of_batch, ids_G, offsets, options.start_id)
-            if len(batch.places_N):
-                found.append(self._score_batch(batch, ids_G, logprobs_G, candidates))
-        return _split(logprobs_G, found, offsets)
+        search = None
+        if candidates is not None:
+            search = CandidateSearch(self._head, candidates, asynchronous=self._deferred)
+        call = _Call(self, candidates, search, ids_G, offsets, on_batch)
+        for windows in self.plan([len(ids) for ids in documents]):
+            call.add(windows)
+        call.drain()
+        width = None if candidates and candidates.nucleus else (search.limit if search else 0)
+        return split_scores(call.logprobs_G, call.found, offsets, width)
 
     def _check_ids(self, ids_G: npt.NDArray[np.int32]) -> None:
         """Refuse ids that the model does not have."""
@@ -137,77 +189,136 @@ class CausalScorer:
                 f"{self.vocab_size}: the tokenizer does not belong to this prior"
             )
 
-    def _score_batch(
-        self,
-        batch: _Batch,
-        ids_G: npt.NDArray[np.int32],
-        logprobs_G: npt.NDArray[np.float32],
-        request: CandidateRequest | None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Score one batch: fill ``logprobs_G`` and return places, ids and log-probabilities of candidates."""
+    def _launch(self, batch: Batch) -> _Launched:
+        """Forward and log-probabilities of one batch."""
         device = self.backbone.device
-        hidden_BLH = self.backbone.hidden_states(torch.from_numpy(batch.ids_BL).to(device))
-        hidden_NH = hidden_BLH.flatten(0, 1)[torch.from_numpy(batch.rows_N).to(device)]
-        targets_N = torch.from_numpy(ids_G[batch.places_N].astype(np.int64)).to(device)
-        scores = score_rows(
-            self.backbone.head, hidden_NH, targets_N, request, logits_bytes=self.options.logits_bytes
-        )
-        logprobs_N = scores.logprobs_N.cpu().numpy()
+        hidden_BLH = self.backbone.hidden_states(upload(batch.ids_BL, device))
+        hidden_NH = hidden_BLH.flatten(0, 1)[upload(batch.rows_N, device)]
+        del hidden_BLH
+        scores = self._head.score(hidden_NH, upload(batch.targets_N, device))
+        return _Launched(batch, hidden_NH, scores, Download(scores.logprobs_N))
+
+    def _warn_of_memory(self, num_windows: int) -> None:
+        """Say once that memory ran out in a forward pass."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "out of memory in the prior's forward pass of %d windows: going on with half as many, and "
+                "fewer where needed; a lower --prior-batch-tokens avoids this",
+                num_windows,
+            )
+
+
+class _Call:
+    """The state of one :meth:`CausalScorer.score`: batches under way, and what came of the others."""
+
+    def __init__(
+        self,
+        scorer: CausalScorer,
+        request: CandidateRequest | None,
+        search: CandidateSearch | None,
+        ids_G: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.int64],
+        on_batch: Callable[[int], None] | None,
+    ) -> None:
+        self._scorer = scorer
+        self._request = request
+        self._search = search if search is not None and search.limit > 0 else None
+        self._ids_G, self._offsets = ids_G, offsets
+        self._on_batch = on_batch
+        self._launched: deque[_Launched] = deque()
+        self._selected: deque[_Selected] = deque()
+        self.logprobs_G = np.full(len(ids_G), np.nan, np.float32)
+        self.found: list[RaggedCandidates] = []
+
+    def add(self, windows: Sequence[Window]) -> None:
+        """Score a batch, in halves where memory runs out.
+
+        Raises:
+            PriorError: a single window does not fit in memory, or the model's numbers are unusable.
+        """
+        scorer = self._scorer
+        batch = make_batch(windows, self._ids_G, self._offsets, scorer.options.start_id)
+        if not len(batch.places_N):
+            return
+        launched = attempt(lambda: scorer._launch(batch))
+        if launched is None:
+            self.drain()  # earlier batches hold memory too
+            if len(windows) == 1:
+                raise PriorError(
+                    "out of memory in the prior's forward pass of a single window of "
+                    f"{windows[0].num_tokens} tokens; lower --prior-context (and --prior-batch-tokens), "
+                    "start fewer workers, or give --prior-dtype bfloat16"
+                )
+            scorer._warn_of_memory(len(windows))
+            half = len(windows) // 2
+            self.add(windows[:half])
+            self.add(windows[half:])
+            return
+        self._launched.append(launched)
+        self._advance(keep=1 if scorer._deferred else 0)
+
+    def drain(self) -> None:
+        """Finish all batches under way."""
+        self._advance(keep=0)
+
+    def _advance(self, keep: int) -> None:
+        """Select and collect all batches but the last ``keep`` at each step."""
+        while len(self._launched) > keep:
+            self._select(self._launched.popleft())
+        while len(self._selected) > keep:
+            self._collect(self._selected.popleft())
+
+    def _select(self, launched: _Launched) -> None:
+        """Take in log-probabilities, and start on the candidates of the rows that need them."""
+        (logprobs_N,) = launched.logprobs.wait()
         if not np.isfinite(logprobs_N).all():
             raise PriorError(
                 "the prior returned a log-probability that is not a finite number; "
                 "its weights are damaged or its precision does not suffice (try --prior-dtype float32)"
             )
-        logprobs_G[batch.places_N] = logprobs_N
-        return (
-            batch.places_N[scores.rows_E.cpu().numpy()],
-            scores.candidate_ids_EK.cpu().numpy(),
-            scores.candidate_logprobs_EK.cpu().numpy(),
+        self.logprobs_G[launched.batch.places_N] = logprobs_N
+        if self._on_batch is not None:
+            self._on_batch(len(logprobs_N))
+        if self._search is None or self._request is None:
+            return
+        is_wanted_N = np.zeros(len(logprobs_N), bool)
+        for low, high in self._request.intervals:
+            is_wanted_N |= (logprobs_N >= low) & (logprobs_N <= high)
+        rows_E = np.flatnonzero(is_wanted_N)
+        if len(rows_E):
+            found = self._find(launched, rows_E, self._search.first_width)
+            self._selected.append(_Selected(launched, rows_E, found))
+
+    def _find(self, launched: _Launched, rows_E: npt.NDArray[np.int64], width: int) -> Download:
+        """Candidates of some rows of a batch."""
+        assert self._search is not None
+        rows = upload(rows_E, self._scorer.backbone.device)
+        scores = launched.scores
+        found: FoundRows = self._search.find(
+            launched.hidden_NH[rows], scores.normalisers_N[rows], scores.maxima_CN[:, rows], width
         )
+        tensors = (found.ids_EK, found.logprobs_EK)
+        return Download(*tensors) if found.covered_E is None else Download(*tensors, found.covered_E)
 
-
-def _make_batch(
-    windows: Sequence[Window],
-    ids_G: npt.NDArray[np.int32],
-    offsets: npt.NDArray[np.int64],
-    start_id: int | None,
-) -> _Batch:
-    """Right-pad the windows' inputs; padding comes after everything that is scored, so no mask is needed."""
-    shift = int(start_id is not None)
-    length = max(1, max(window.num_tokens for window in windows) - 1 + shift)
-    ids_BL = np.zeros((len(windows), length), np.int64)
-    rows, places = [], []
-    for row, window in enumerate(windows):
-        if start_id is not None:
-            ids_BL[row, 0] = start_id
-        begin = offsets[window.document]
-        ids_BL[row, shift : shift + window.num_tokens - 1] = ids_G[
-            begin + window.start : begin + window.stop - 1
-        ]
-        # the token at window position i is predicted by input position i - 1 + shift
-        first = max(window.first_scored, window.start + 1 - shift)
-        rows.append(np.arange(first, window.stop) - window.start - 1 + shift + row * length)
-        places.append(np.arange(first, window.stop) + begin)
-    return _Batch(ids_BL, np.concatenate(rows), np.concatenate(places))
-
-
-def _split(
-    logprobs_G: npt.NDArray[np.float32],
-    found: Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]],
-    offsets: npt.NDArray[np.int64],
-) -> list[TokenScores]:
-    """Scores of each document, from the scores of the whole call."""
-    places_E, ids_EK, candidate_logprobs_EK = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order_E = np.argsort(places_E, kind="stable")
-    places_E, ids_EK = places_E[order_E], ids_EK[order_E]
-    candidate_logprobs_EK = candidate_logprobs_EK[order_E]
-    bounds = np.searchsorted(places_E, offsets)
-    return [
-        TokenScores(
-            logprobs_T=logprobs_G[offsets[i] : offsets[i + 1]],
-            candidate_positions_E=places_E[bounds[i] : bounds[i + 1]] - offsets[i],
-            candidate_ids_EK=ids_EK[bounds[i] : bounds[i + 1]],
-            candidate_logprobs_EK=candidate_logprobs_EK[bounds[i] : bounds[i + 1]],
-        )
-        for i in range(len(offsets) - 1)
-    ]
+    def _collect(self, selected: _Selected) -> None:
+        """Take in candidates; look further where a nucleus without a bound is not covered yet."""
+        assert self._search is not None
+        assert self._request is not None
+        launched, rows_E, found = selected.launched, selected.rows_E, selected.found
+        width = self._search.first_width
+        while len(rows_E):
+            ids_EK, logprobs_EK, *covered = found.wait()
+            is_done_E = covered[0] if covered and width < self._search.limit else np.ones(len(rows_E), bool)
+            self.found.append(
+                RaggedCandidates.from_rows(
+                    launched.batch.places_N[rows_E[is_done_E]],
+                    ids_EK[is_done_E],
+                    logprobs_EK[is_done_E],
+                    is_ragged=self._request.nucleus is not None,
+                )
+            )
+            rows_E = rows_E[~is_done_E]
+            if len(rows_E):
+                width *= WIDENING
+                found = self._find(launched, rows_E, width)

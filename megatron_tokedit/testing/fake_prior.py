@@ -11,7 +11,8 @@ Invariant: the two agree to float32 rounding; the loop is written to be read, no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import torch
 
 from megatron_tokedit.scoring.base import CandidateRequest, TokenScores
 from megatron_tokedit.scoring.head import OutputHead
+from megatron_tokedit.scoring.scorer import ModelSize
 
 
 def random_bigrams(vocab_size: int, *, seed: int, sharpness: float = 6.0) -> npt.NDArray[np.float64]:
@@ -51,10 +53,20 @@ class BigramScorer:
         return hashlib.sha256(self.logprobs_VV.tobytes() + str(self.bos).encode()).hexdigest()
 
     def score(
-        self, documents: Sequence[npt.NDArray[np.int32]], candidates: CandidateRequest | None = None
+        self,
+        documents: Sequence[npt.NDArray[np.int32]],
+        candidates: CandidateRequest | None = None,
+        *,
+        on_batch: Callable[[int], None] | None = None,
     ) -> list[TokenScores]:
-        """See :class:`megatron_tokedit.scoring.base.Scorer`."""
-        return [self._score(ids.tolist(), candidates) for ids in documents]
+        """See :class:`megatron_tokedit.scoring.base.Scorer`; a document is a batch."""
+        scores = []
+        for ids in documents:
+            scores.append(self._score(ids.tolist(), candidates))
+            num_scored = int(np.count_nonzero(~np.isnan(scores[-1].logprobs_T)))
+            if on_batch is not None and num_scored:
+                on_batch(num_scored)
+        return scores
 
     def _score(self, ids: list[int], request: CandidateRequest | None) -> TokenScores:
         """One document."""
@@ -64,21 +76,39 @@ class BigramScorer:
             for before, token in zip(previous, ids, strict=False)
         ]
         positions, rows = [], []
-        allowed = [i for i in range(self.vocab_size) if request is None or i not in request.excluded_ids]
-        width = min(request.num_candidates, len(allowed)) if request else 0
         for position, logprob in enumerate(logprobs):
             if request and any(low <= logprob <= high for low, high in request.intervals):
-                row = self.logprobs_VV[previous[position]]
                 positions.append(position)
-                rows.append(sorted(allowed, key=lambda token: (-row[token], token))[:width])
-        ids_EK = np.array(rows, np.int32).reshape(len(rows), width)
-        before_E = np.array([previous[position] for position in positions], np.int64)
+                rows.append(self._candidates(self.logprobs_VV[previous[position]], request))
+        width = max((len(row) for row in rows), default=0)
+        if request and not request.nucleus:
+            width = len(self._candidates(self.logprobs_VV[0], request))
+        ids_EK = np.full((len(rows), width), -1, np.int32)
+        logprobs_EK = np.full((len(rows), width), -np.inf, np.float32)
+        for e, (position, row) in enumerate(zip(positions, rows, strict=True)):
+            ids_EK[e, : len(row)] = row
+            logprobs_EK[e, : len(row)] = self.logprobs_VV[previous[position], row]
         return TokenScores(
             logprobs_T=np.array(logprobs, np.float32),
             candidate_positions_E=np.array(positions, np.int64),
             candidate_ids_EK=ids_EK,
-            candidate_logprobs_EK=self.logprobs_VV[before_E[:, None], ids_EK],
+            candidate_logprobs_EK=logprobs_EK,
         )
+
+    def _candidates(self, logprobs_V: npt.NDArray[np.float32], request: CandidateRequest) -> list[int]:
+        """Candidates of one row, by the words of :class:`megatron_tokedit.scoring.base.CandidateRequest`."""
+        allowed = [i for i in range(self.vocab_size) if i not in request.excluded_ids]
+        kept = sorted(allowed, key=lambda token: (-logprobs_V[token], token))[: request.num_candidates]
+        if request.nucleus is None:
+            return kept
+        weights = [math.exp(float(logprobs_V[token]) / request.nucleus.temperature) for token in kept]
+        reached, nucleus = 0.0, []
+        for token, weight in zip(kept, weights, strict=True):
+            if reached >= request.nucleus.top_p:
+                break
+            nucleus.append(token)
+            reached += weight / math.fsum(weights)
+        return nucleus
 
 
 class BigramBackbone:
@@ -97,6 +127,7 @@ class BigramBackbone:
         self.device = torch.device("cpu")
         self.max_context_tokens = max_context_tokens
         self.fingerprint = hashlib.sha256(self._rows_VV.numpy().tobytes()).hexdigest()
+        self.size = ModelSize(self._rows_VV.numel(), self._rows_VV.numel(), 0)
         self.forward_shapes: list[tuple[int, int]] = []
 
     def hidden_states(self, ids_BL: torch.Tensor) -> torch.Tensor:

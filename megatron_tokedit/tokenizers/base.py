@@ -6,7 +6,7 @@ loses nothing (no whitespace clean-up).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -37,10 +37,27 @@ class Tokenizer(Protocol):
     """Ids that ``encode`` itself puts after every text; nearly always empty."""
     special_ids: frozenset[int]
     """Control ids (eod, bos, pad, unknown, user-defined control symbols): never edited and never sampled."""
+    spellable_ids: frozenset[int]
+    """The control ids that a text can spell with this tokenizer as loaded; empty where such text is split.
+    The unknown id is not among them where it also stands for characters that the vocabulary lacks."""
+
+    @property
+    def incomplete_utf8(self) -> Mapping[int, bytes]:
+        """Ids whose bytes are not whole UTF-8 characters by themselves -> those bytes.
+
+        Ids not in it decode to whole characters, or to nothing.
+        """
+
+    @property
+    def encoder(self) -> str:
+        """What turns text into ids, with its version (``tokenizers 0.22.1``), for messages and statistics."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over what determines the ids: type, vocabulary, merges or model, special ids."""
+        """SHA-256 (hex) over what determines the ids: type, vocabulary, merges or model, special ids.
+
+        The same whatever the :attr:`encoder`, and whether or not spelled control tokens are split.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, as Megatron-LM's preprocess_data.py writes them (``eod`` apart)."""

@@ -2,7 +2,8 @@
 
 Invariant: ``encode`` gives ``AutoTokenizer(text).input_ids`` as Megatron-LM's ``HuggingFaceTokenizer`` does:
 what the tokenizer's template adds (a Llama tokenizer: BOS) is written too, and text that spells a special
-token becomes that token. ``decode`` works on the Rust tokenizer below transformers, which never cleans up
+token becomes that token, unless the tokenizer is loaded to split it. ``encode_batch`` uses gigatoken where
+that gives the same ids. ``decode`` works on the Rust tokenizer below transformers, which never cleans up
 spaces.
 """
 
@@ -10,17 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
 from megatron_tokedit.errors import TokenizerError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.tokenizers.fast_encoder import FastEncoder, find_fast_encoder
+from megatron_tokedit.tokenizers.incomplete import incomplete_byte_fallback, incomplete_byte_level
 from megatron_tokedit.tokenizers.segments import split_at_ids
 
 _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -28,6 +33,8 @@ _PROBE = (
     'The quick brown fox, 3.14159 + 2 = 5; it\'s "so"\tfar\n\n  def f(x):\n    return x ** 2\r\n'
     "na\u00efve caf\u00e9 \u4f60\u597d \u0417\u0434\u0440\u0430 \u0645\u0631\u062d \U0001f600 \ufb01 \u00bd"
 )
+_RARE = "\U00012000\ua4d0\u1400\u07c0\U0001f70a\U0010fffd\x07"
+"""Characters that hardly a vocabulary has: they become the unknown id, where a tokenizer gives that."""
 
 
 class HuggingFaceTokenizer:
@@ -35,11 +42,12 @@ class HuggingFaceTokenizer:
 
     tokenizer_type = "HuggingFaceTokenizer"
 
-    def __init__(self, tokenizer_model: str) -> None:
+    def __init__(self, tokenizer_model: str, *, split_special_tokens: bool = False) -> None:
         """Load a local folder, or a model name that transformers resolves.
 
         Raises:
-            TokenizerError: nothing loadable there, no fast tokenizer, or no end-of-text token.
+            TokenizerError: nothing loadable there, no fast tokenizer, no end-of-text token, or a control
+                token that text spells even where it is to be split.
         """
         self.tokenizer_model = tokenizer_model
         loaded = _load(tokenizer_model)
@@ -57,6 +65,33 @@ class HuggingFaceTokenizer:
         self.prepends_bos = self.bos is not None and self.bos in self.prefix_ids
         self._added_ids = np.array(sorted(added), np.int32)
         self._decodes_by_segment = self._segments_are_exact()
+        self._encoding = (
+            _splitting(self._backend, self.special_ids) if split_special_tokens else self._backend
+        )
+        self.spellable_ids = self._spelled_control_ids()
+        if split_special_tokens and self.spellable_ids:
+            tokens = ", ".join(self._backend.id_to_token(i) for i in sorted(self.spellable_ids)[:5])
+            raise TokenizerError(
+                f"{tokenizer_model}: text that spells {tokens} becomes that token even where it is to be "
+                "split, as the vocabulary itself holds it; take --special-tokens-in-text encode or error"
+            )
+
+    @cached_property
+    def incomplete_utf8(self) -> Mapping[int, bytes]:
+        """Ids that stand for parts of characters -> their bytes; byte-level and byte-fallback decoders."""
+        kinds = _kinds(json.loads(self._backend.to_str())["decoder"])
+        literal = set(self._added_ids.tolist()) if self._decodes_by_segment else set()
+        pieces = [
+            (p, i) for p, i in self._backend.get_vocab(with_added_tokens=True).items() if i not in literal
+        ]
+        if "ByteLevel" in kinds:
+            return incomplete_byte_level(pieces)
+        return incomplete_byte_fallback(pieces) if "ByteFallback" in kinds else {}
+
+    @property
+    def encoder(self) -> str:
+        """``gigatoken`` or ``tokenizers``, with the version; the first call compares the two."""
+        return self._fast.name if self._fast else f"tokenizers {version('tokenizers')}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,18 +108,40 @@ class HuggingFaceTokenizer:
             "merges": merges,
             "special": [self.eod, self.bos, self.pad, sorted(self.special_ids)],
             "template": [self.prefix_ids, self.suffix_ids],
-            "probe": [self.encode(_PROBE), self.encode(self._probe_of_added_tokens())],
+            "probe": [self._backend.encode(p).ids for p in (_PROBE, self._probe_of_added_tokens())],
         }
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with what the tokenizer's template adds."""
-        ids: list[int] = self._backend.encode(text).ids
+        ids: list[int] = self._encoding.encode(text).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """``encode`` of every text; int32 arrays. Threads: as ``TOKENIZERS_PARALLELISM`` says."""
-        return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(list(texts))]
+        """``encode`` of every text; int32 arrays.
+
+        Threads: with gigatoken one, else as ``TOKENIZERS_PARALLELISM`` says.
+        """
+        return self._fast.encode_batch(texts) if self._fast else self._encode_standard(texts)
+
+    def _encode_standard(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        return [
+            np.array(encoding.ids, np.int32) for encoding in self._encoding.encode_batch_fast(list(texts))
+        ]
+
+    @cached_property
+    def _fast(self) -> FastEncoder | None:
+        definition = json.loads(self._encoding.to_str())
+        added = definition["added_tokens"]
+        if self._encoding.encode_special_tokens:
+            definition["added_tokens"] = [token for token in added if not token["special"]]
+        return find_fast_encoder(
+            json.dumps(definition),
+            self._encode_standard,
+            self.prefix_ids,
+            self.suffix_ids,
+            [token["content"] for token in added],
+        )
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The exact text of ``ids`` without the template's ids; special tokens are spelled out."""
@@ -130,12 +187,40 @@ class HuggingFaceTokenizer:
         if not self._added_ids.size:
             return False
         probe = self._probe_of_added_tokens()
-        ids = self._without_template(np.array(self.encode(probe), np.int32))
+        ids = self._without_template(np.array(self._backend.encode(probe).ids, np.int32))
         return self._decode_run(ids) != probe
+
+    def _spelled_control_ids(self) -> frozenset[int]:
+        """Control ids that the text of a control token gives, alone or beside other text."""
+        contents = [self._backend.id_to_token(i) for i in sorted(self.special_ids)]
+        texts = [text for content in contents for text in (content, f"a{content}b", f" {content} ")]
+        found = {i for ids in self._bare_ids(texts) for i in ids} & self.special_ids
+        return frozenset(found - (set(self._bare_ids([_RARE])[0]) - {self.eod}))
+
+    def _bare_ids(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._encoding.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def _probe_of_added_tokens(self) -> str:
         token = self._backend.id_to_token(int(self._added_ids[0])) if self._added_ids.size else ""
         return f"a{token} b{token}c"
+
+
+def _splitting(backend: Any, special_ids: frozenset[int]) -> Any:
+    """A copy of a Rust tokenizer that does not look for special tokens in the text."""
+    definition = json.loads(backend.to_str())
+    for token in definition["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in special_ids
+    splitting = RustTokenizer.from_str(json.dumps(definition))
+    splitting.encode_special_tokens = True
+    return splitting
+
+
+def _kinds(decoder: dict[str, Any] | None) -> set[str]:
+    """The types of a decoder and of those inside it."""
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*(_kinds(inner) for inner in decoder.get("decoders", [])))
 
 
 def _load(tokenizer_model: str) -> Any:

@@ -13,26 +13,31 @@ from megatron_tokedit.tokenizers.base import Tokenizer
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 
 
-def load_tokenizer(tokenizer_type: str, tokenizer_model: str) -> Tokenizer:
+def load_tokenizer(
+    tokenizer_type: str, tokenizer_model: str, *, split_special_tokens: bool = False
+) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
         tokenizer_type: one of :data:`TOKENIZER_TYPES`, Megatron-LM's names.
         tokenizer_model: for ``SentencePieceTokenizer`` a ``.model`` file or a folder that holds
             ``tokenizer.model``; for ``HuggingFaceTokenizer`` a local folder or a model name of the hub.
+        split_special_tokens: encode text that spells a control token (``<|endoftext|>``) as ordinary text;
+            otherwise it becomes that token, as in Megatron-LM.
 
     Raises:
-        TokenizerError: unknown type, missing or damaged file, or a tokenizer without an end-of-text token.
+        TokenizerError: unknown type, missing or damaged file, a tokenizer without an end-of-text token, or
+            one that cannot split what spells its control tokens.
     """
     # imported here because transformers takes seconds to import and sentencepiece users need none of it
     if tokenizer_type == "SentencePieceTokenizer":
         from megatron_tokedit.tokenizers.sentencepiece import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(tokenizer_model)
+        return SentencePieceTokenizer(tokenizer_model, split_special_tokens=split_special_tokens)
     if tokenizer_type == "HuggingFaceTokenizer":
         from megatron_tokedit.tokenizers.huggingface import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer(tokenizer_model)
+        return HuggingFaceTokenizer(tokenizer_model, split_special_tokens=split_special_tokens)
     raise TokenizerError(
         f"tokenizer type {tokenizer_type!r} is not known; choose one of {', '.join(TOKENIZER_TYPES)}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +100,11 @@ def test_bad_content(tmp_path, capsys, content, words):
         (["--edit-strategy", "up_revise"], ["prior", "missing"]),
         (["--edit-strategy", "up_revise", "--prior", "nowhere"], ["nowhere", "no such folder"]),
         (["--edit-threshold", "1.5"], ["edit_threshold"]),
-        (["--edit-sampler", "top_p"], ["edit_sampler=top_p", "not available yet"]),
-        (["--edit-generations", "3"], ["not available yet"]),
-        (["--special-tokens-in-text", "split"], ["not available yet", "encode"]),
+        (["--prior-dtype", "fp8"], ["prior_dtype=fp8", "not available yet"]),
+        (["--edit-generations", "3"], ["edit_strategy none edits nothing"]),
+        (["--edit-top-p", "0"], ["edit_top_p"]),
+        (["--edit-config", "nowhere.yaml"], ["edit_strategy: edit_config=nowhere.yaml takes its place"]),
+        (["--output-tokenizer-model", TOKENIZER], ["output_tokenizer_type", "both or none"]),
         (["--workers", "0"], ["workers"]),
         (["--rank", "1"], ["--world-size"]),
         (["--stage", "merge"], ["cannot merge"]),
@@ -146,9 +150,84 @@ def test_dry_run(corpus, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == [corpus]
 
 
+def test_dry_run_tells_the_cost(corpus, capsys, tmp_path):
+    prior = write_hf_llama(tmp_path / "prior", vocab_size=340)
+    corpus.write_text('{"text": "the river rises in hills and falls into sea"}\n' * 300)
+    flags = (
+        "--prior",
+        prior,
+        "--prior-device",
+        "cpu",
+        "--edit-threshold",
+        "0.003",
+        "--workers",
+        3,
+        "--unit-documents",
+        20,
+    )
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*arguments(corpus, *flags, strategy="up_revise"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tokens +about \d", out)
+    assert re.search(r"prior +[\d,]+ parameters, [\d.,]+ MFLOP a token", out)
+    assert re.search(r"speed +\d+% of the matrix-product rate", out)
+    assert re.search(r"time +[\d,]+ tokens/s .*: .* on 1; 3: .*; 8: .*device-hours", out)
+    assert re.search(r"sample +[\d,]+ tokens: eligible [1-9]", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+RULES = "rules:\n  - {action: drop, at_most: 0.0028}\n  - {action: resample, at_least: 0.004}\ntop_k: 3\n"
+
+
+def test_free_rules_from_a_file(corpus, capsys, tmp_path):
+    corpus.write_text('{"text": "the river rises in hills and falls into sea ; nobody counts"}\n' * 20)
+    prior = write_hf_llama(tmp_path / "prior", vocab_size=340)
+    (tmp_path / "edit.yaml").write_text(RULES)
+    argv = arguments(
+        corpus, "--prior", prior, "--prior-device", "cpu", "--edit-config", tmp_path / "edit.yaml"
+    )
+    at = argv.index("--edit-strategy")
+    del argv[at : at + 2]
+    assert main(argv) == 0
+    manifest = json.loads((tmp_path / "out_text_document.manifest.json").read_text())
+    assert manifest["edit"]["strategy"] == "rules"
+    assert manifest["edit"]["rules"][0] == {"action": "drop", "at_most": 0.0028}
+    assert (manifest["edit"]["top_k"], manifest["edit"]["temperature"]) == (3, 1.5)
+    assert manifest["counts"]["num_dropped_tokens"] > 0
+    assert manifest["counts"]["num_resampled_tokens"] > 0
+    capsys.readouterr()
+    assert main([*argv, "--edit-threshold", "0.5"]) == 1
+    assert "edit_threshold: edit_config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("rules: [{action: resample, at_leest: 0.9}]", ["at_leest", "at_least"]),
+        ("rules: [{action: swap, at_least: 0.9}]", ["swap", "resample"]),
+        ("rules: [{action: drop}]", ["no condition"]),
+        ("rule: []", ["rule: unknown; did you mean rules?", "rules: missing"]),
+        ("rules: 3", ["rules: missing, or not a list"]),
+        ("- a", ["expected a mapping"]),
+        ("rules: [", ["not valid YAML"]),
+        ("rules: []\ntop_k: many", ["edit_top_k"]),
+    ],
+)
+def test_broken_rules(corpus, capsys, tmp_path, content, words):
+    prior = write_hf_llama(tmp_path / "prior", vocab_size=340)
+    (tmp_path / "edit.yaml").write_text(content)
+    argv = arguments(
+        corpus, "--prior", prior, "--prior-device", "cpu", "--edit-config", tmp_path / "edit.yaml"
+    )
+    at = argv.index("--edit-strategy")
+    del argv[at : at + 2]
+    fails(capsys, argv, *words)
+
+
 def test_every_setting_has_a_flag():
     flags = {option for action in build_parser()._actions for option in action.option_strings}
-    assert {"--" + name.replace("_", "-") for name in PreprocessConfig.model_fields} <= flags
+    names = {*PreprocessConfig.model_fields, "edit_config"} - {"edit_rules"}  # the file holds the rules
+    assert {"--" + name.replace("_", "-") for name in names} <= flags
 
 
 def test_a_job_without_a_prior_does_not_import_torch(corpus):

@@ -97,6 +97,17 @@ def test_preprocessing_job_of_a_source() -> None:
     assert output_prefix_and_key(source) == ("d/r", "body")
 
 
+def test_the_tokenizer_of_a_sources_prior() -> None:
+    edit = {"prior": "p", "prior_tokenizer_type": "HuggingFaceTokenizer", "prior_tokenizer_model": "./p"}
+    job = preprocessing_of(SourceConfig(**raw(edit=edit)), TOKENIZER)
+    assert (job.tokenizer_type, job.tokenizer_model) == ("HuggingFaceTokenizer", "./p")
+    assert (job.output_tokenizer_type, job.output_tokenizer_model) == ("SentencePieceTokenizer", "a.model")
+    with pytest.raises(ConfigError, match=r"output_tokenizer_model: taken from tokenizer\.model"):
+        preprocessing_of(SourceConfig(**raw(edit={"output_tokenizer_model": "x"})), TOKENIZER)
+    with pytest.raises(ConfigError, match=r"tokenizer_type: missing"):
+        preprocessing_of(SourceConfig(**raw(edit={"prior": "p", "prior_tokenizer_model": "./p"})), TOKENIZER)
+
+
 @pytest.mark.parametrize("prefix", ["_text_document", "d/_text_document", "d/r_text", "d/r"])
 def test_prefix_that_names_no_output(prefix: str) -> None:
     assert output_prefix_and_key(SourceConfig(**raw(prefix=prefix))) is None

@@ -51,7 +51,7 @@ def preprocess(source: Path, folder: Path) -> None:
 
 @pytest.mark.usefixtures("no_fsync")
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("merge", "verify", "writer", "journal"):
+    for module in ("merge", "verify", "verify_journal", "writer", "journal"):
         monkeypatch.setattr(f"megatron_tokedit.dataset.{module}._CHUNK_ITEMS", 1000)
     monkeypatch.setattr("megatron_tokedit.dataset.merge._COPY_BYTES", 1 << 16)
     peaks = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import filecmp
-from itertools import chain
+import hashlib
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from megatron_tokedit.dataset import (
     CHANGED,
     DROPPED,
+    INSERTED,
     IndexedDatasetWriter,
     Journal,
     JournalWriter,
+    NoEdits,
     merge_datasets,
     merge_journals,
     undo_dataset,
@@ -26,30 +29,40 @@ from megatron_tokedit.errors import DataFormatError
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 KEPT = 0
-# A document: its sequences (never empty), each token an (id, what happens to it, its new id if changed).
-tokens = st.tuples(st.integers(0, 99), st.sampled_from([KEPT, KEPT, CHANGED, DROPPED]), st.integers(0, 99))
-documents = st.lists(st.lists(st.lists(tokens, min_size=1, max_size=6), max_size=4), max_size=8)
+# A document: its sequences, each token an (id, what happens to it, its new id if changed or inserted). An
+# inserted token is none of the original's, whose sequences are never empty.
+tokens = st.tuples(
+    st.integers(0, 99), st.sampled_from([KEPT, KEPT, CHANGED, DROPPED, INSERTED]), st.integers(0, 99)
+)
+sequences = st.lists(tokens, min_size=1, max_size=6).filter(
+    lambda items: any(kind != INSERTED for _, kind, _ in items)
+)
+documents = st.lists(st.lists(sequences, max_size=4), max_size=8)
+numbers = count()
 examples = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
 def original_of(document: list) -> list[list[int]]:
-    return [[token for token, _, _ in sequence] for sequence in document]
+    return [[token for token, kind, _ in sequence if kind != INSERTED] for sequence in document]
 
 
 def edited_of(document: list) -> list[np.ndarray]:
     return [
-        np.array([new if kind == CHANGED else old for old, kind, new in s if kind != DROPPED])
+        np.array([new if kind in (CHANGED, INSERTED) else old for old, kind, new in s if kind != DROPPED])
         for s in document
     ]
 
 
 def record(writer: JournalWriter, document: list) -> None:
-    flat = [token for sequence in document for token in sequence]
-    edits = [(position, old, kind) for position, (old, kind, _) in enumerate(flat) if kind != KEPT]
+    edits, position = [], 0
+    for old, kind, _ in chain.from_iterable(document):
+        if kind != KEPT:
+            edits.append((position, 0 if kind == INSERTED else old, kind))
+        position += kind != INSERTED
     positions, ids, kinds = np.array(edits, np.int64).reshape(-1, 3).T
-    writer.add_document([len(sequence) for sequence in document], positions, ids, kinds)
+    writer.add_document([len(sequence) for sequence in original_of(document)], positions, ids, kinds)
 
 
 def write(prefix: Path, corpus: list, dtype: str = "uint16") -> str:
@@ -84,8 +97,10 @@ def same(first: str, second: str, *suffixes: str) -> bool:
 def test_undo_gives_the_original_byte_for_byte(tmp_path: Path, dtype: str, corpus: list) -> None:
     edited = write(tmp_path / "edited", corpus, dtype)
     original = write_original(tmp_path / "original", corpus, dtype)
-    summary = undo_dataset(edited, str(tmp_path / "undone"))
-    assert same(original, str(tmp_path / "undone"), "bin", "idx")
+    undone = str(tmp_path / f"undone{next(numbers)}")
+    summary = undo_dataset(edited, undone)
+    assert same(original, undone, "bin", "idx")
+    assert not Path(f"{undone}.manifest.json").exists()
     assert summary.num_documents == len(corpus)
 
 
@@ -129,12 +144,15 @@ def test_an_unfinished_journal_leaves_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("positions", "ids", "kinds", "message"),
     [
-        ([1, 0], [1, 1], [1, 1], "ascend strictly"),
-        ([0, 0], [1, 1], [1, 1], "ascend strictly"),
-        ([3], [1], [1], r"within \[0, 3\)"),
-        ([-1], [1], [1], "ascend strictly"),
+        ([1, 0], [1, 1], [1, 1], "must ascend"),
+        ([0, 0], [1, 1], [1, 1], "must ascend"),
+        ([1, 1], [1, 0], [2, 3], "must ascend"),
+        ([1, 0], [0, 0], [3, 3], "must ascend"),
+        ([3], [1], [1], "original of 3 tokens"),
+        ([4], [0], [3], "original of 3 tokens"),
+        ([-1], [1], [1], "original of 3 tokens"),
         ([0], [1, 2], [1], "must be equal"),
-        ([0], [1], [3], "CHANGED or DROPPED"),
+        ([0], [1], [4], "CHANGED, DROPPED or INSERTED"),
     ],
 )
 def test_entries_that_make_no_sense_are_our_own_bug(
@@ -145,6 +163,47 @@ def test_entries_that_make_no_sense_are_our_own_bug(
         pytest.raises(ValueError, match=message),
     ):
         writer.add_document([3], np.array(positions), np.array(ids), np.array(kinds))
+
+
+def test_where_inserted_tokens_stand(tmp_path: Path) -> None:
+    with JournalWriter(str(tmp_path / "a.edits"), np.uint16) as writer:
+        kinds = [INSERTED, INSERTED, CHANGED, INSERTED, DROPPED, INSERTED]
+        writer.add_document(
+            [2, 1], np.array([0, 0, 0, 1, 1, 3]), np.array([0, 0, 7, 0, 8, 0]), np.array(kinds)
+        )
+        writer.finalize()
+    entries = Journal(str(tmp_path / "a.edits")).entries(0)
+    assert entries.sequence_lengths.tolist() == [2, 1]
+    edited = [np.array([101, 102, 17, 103]), np.array([9, 104])]
+    assert [ids.tolist() for ids in undo_document(edited, entries)] == [[7, 8], [9]]
+    with pytest.raises(DataFormatError, match="do not belong together"):
+        undo_document(edited[:1], entries)
+
+
+def test_an_older_journal_is_read_and_a_newer_one_is_not(tmp_path: Path) -> None:
+    edited = write(tmp_path / "a", CORPUS)
+    data = bytearray(Path(f"{edited}.edits").read_bytes())
+    assert data[8] == 2
+    for version in (1, 3):
+        data[8] = version
+        data[-32:] = hashlib.sha256(data[:-32]).digest()
+        Path(f"{edited}.edits").write_bytes(data)
+        if version == 1:
+            undo_dataset(edited, str(tmp_path / "undone"))
+        else:
+            with pytest.raises(DataFormatError, match=r"journal of version 3, .*version 2"):
+                Journal(f"{edited}.edits")
+    original = write_original(tmp_path / "original", CORPUS)
+    assert same(original, str(tmp_path / "undone"), "bin", "idx")
+
+
+def test_an_unedited_part_needs_no_journal_to_be_merged(tmp_path: Path) -> None:
+    plain = [[[(1, KEPT, 0)]], []]
+    first, last = write(tmp_path / "first", CORPUS), write(tmp_path / "last", CORPUS)
+    single = write(tmp_path / "single", [*CORPUS, *plain, *CORPUS])
+    parts = [f"{first}.edits", NoEdits(np.dtype(np.uint16), len(plain)), f"{last}.edits"]
+    merge_journals(parts, str(tmp_path / "merged.edits"))
+    assert same(single, str(tmp_path / "merged"), "edits")
 
 
 CORPUS = [
@@ -178,9 +237,9 @@ def test_every_truncation_of_a_journal_is_found(tmp_path: Path) -> None:
 def test_undo_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     edited = write(tmp_path / "a", CORPUS)
     other = write(tmp_path / "b", CORPUS[:1])
-    with pytest.raises(DataFormatError, match="both the edited dataset and the output"):
+    with pytest.raises(DataFormatError, match=r"a\.bin, .*a\.idx, .*a\.edits: there already"):
         undo_dataset(edited, edited)
-    with pytest.raises(DataFormatError, match=r"gone\.idx: cannot be read"):
+    with pytest.raises(DataFormatError, match=r"gone\.edits: is not there"):
         undo_dataset(str(tmp_path / "gone"), str(tmp_path / "out"))
     Path(f"{edited}.edits").write_bytes(Path(f"{other}.edits").read_bytes())
     with pytest.raises(DataFormatError, match="is for 1 documents, there are 3"):

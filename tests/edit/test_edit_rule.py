@@ -2,91 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from edit_reference import BOS, check, likely_text, run_fast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tokedit.edit.editor import Candidates, EditMethod, Editor
+from megatron_tokedit.edit.editor import EditMethod
 from megatron_tokedit.edit.random import document_key, uniforms
 from megatron_tokedit.edit.rules import Action, Rule, Rules, preset
-from megatron_tokedit.edit.samplers import TopK
-from megatron_tokedit.errors import ConfigError
-from megatron_tokedit.scoring.base import CandidateRequest
+from megatron_tokedit.edit.samplers import Rejection, TopK, TopP
 from megatron_tokedit.testing.fake_prior import BigramScorer, random_bigrams
 
-SPECIAL = frozenset({0, 1})
-BOS = 1
-
-
-def run_fast(method, sequences, scorer, key):
-    """The editor under test."""
-    request = CandidateRequest(
-        method.sampler.num_candidates, method.rules.resample_intervals, tuple(sorted(SPECIAL))
-    )
-    ids = np.concatenate([*sequences, np.empty(0, np.int32)])
-    (scores,) = scorer.score([ids], request)
-    editor = Editor(method, vocab_size=scorer.vocab_size, special_ids=SPECIAL, bos=BOS)
-    candidates = Candidates(
-        scores.candidate_positions_E, scores.candidate_ids_EK, scores.candidate_logprobs_EK
-    )
-    return editor.edit(sequences, scores.logprobs_T, candidates, key)
-
-
-def run_slow(method, sequences, scorer, key):
-    """The rule as METHOD.md tells it, token by token, straight from the table."""
-    ids = [int(i) for sequence in sequences for i in sequence]
-    numbers = uniforms(key, len(ids), seed=method.seed, generation=method.generation)
-    starts, edited, position = set(), [], 0
-    for sequence in sequences:
-        starts.add(position)
-        position += len(sequence)
-    eligible = 0
-    for t, token in enumerate(ids):
-        before = ids[t - 1] if t else scorer.bos
-        first_text = t == 0 or (t == 1 and ids[0] == BOS)
-        if before is None or first_text or token in SPECIAL:
-            edited.append(token)
-            continue
-        logp = scorer.logprobs_VV[before]
-        action = Action.KEEP
-        for rule in method.rules.rules:
-            low, high = rule.interval
-            if low <= logp[token] <= high:
-                action = rule.action
-                break
-        if action is Action.DROP and t in starts:
-            action = Action.KEEP
-        eligible += action is not Action.KEEP
-        if action is Action.DROP:
-            edited.append(None)
-        elif action is Action.KEEP:
-            edited.append(token)
-        else:
-            edited.append(slow_draw(method, logp, token, numbers[t]))
-    return ids, edited, eligible
-
-
-def slow_draw(method, logp, token, number):
-    allowed = [i for i in range(len(logp)) if i not in SPECIAL]
-    pool = sorted(allowed, key=lambda i: (-logp[i], i))[: method.sampler.k]
-    if token not in pool:
-        pool.append(token)
-    if method.exclude_original:
-        pool.remove(token)
-        if not pool:
-            return token
-    weights = [math.exp(float(logp[i]) / method.sampler.temperature) for i in pool]
-    target, reached = number * sum(weights), 0.0
-    for candidate, weight in zip(pool, weights, strict=True):
-        reached += weight
-        if reached > target:
-            return candidate
-    return pool[-1]
-
-
+VOCAB_SIZE = 23
+UP = preset("up_revise", threshold=0.3)
 METHODS = {
     "up_revise": EditMethod(preset("up_revise", threshold=0.6), TopK(8, 1.5)),
     "hot": EditMethod(preset("up_revise", threshold=0.2), TopK(3, 4.0)),
@@ -94,57 +27,104 @@ METHODS = {
     "both": EditMethod(preset("low_drop_up_revise", threshold=0.5, low_threshold=0.05), TopK(4, 1.0)),
     "filtering": EditMethod(preset("filtering", low_threshold=0.1), TopK()),
     "low p": EditMethod(Rules((Rule(Action.RESAMPLE, at_most=0.1),)), TopK(5, 1.0)),
-    "never itself": EditMethod(preset("up_revise", threshold=0.3), TopK(4, 2.0), exclude_original=True),
+    "never itself": EditMethod(UP, TopK(4, 2.0), exclude_original=True),
     "never itself, k = 1": EditMethod(preset("up_revise", threshold=0.6), TopK(1), exclude_original=True),
     "ordered": EditMethod(
         Rules((Rule(Action.DROP, above=0.5, below=0.9), Rule(Action.RESAMPLE, at_least=0.3))), TopK(4, 2.0)
     ),
+    "nucleus": EditMethod(UP, TopP(0.9, 3.0)),
+    "nucleus of the top k": EditMethod(UP, TopP(0.8, 4.0, 5)),
+    "nucleus, k beyond the vocabulary": EditMethod(UP, TopP(0.95, 4.0, 500)),
+    "whole vocabulary as nucleus": EditMethod(UP, TopP(1.0, 2.0)),
+    "nucleus without the original": EditMethod(Rules((Rule(Action.RESAMPLE, at_most=0.2),)), TopP(0.5, 1.0)),
+    "nucleus, never itself": EditMethod(UP, TopP(0.9, 3.0), exclude_original=True),
+    "rejection": EditMethod(UP, Rejection(4, 3.0)),
+    "rejection, never itself": EditMethod(UP, Rejection(4, 3.0), exclude_original=True),
+    "rejection with drops": EditMethod(
+        preset("low_drop_up_revise", threshold=0.3, low_threshold=0.05), Rejection(30, 2.0)
+    ),
+    "nucleus with drops": EditMethod(
+        preset("low_drop_up_revise", threshold=0.3, low_threshold=0.05), TopP(0.9, 3.0)
+    ),
+    "third generation": EditMethod(UP, TopK(8, 3.0), seed=5, generation=3),
 }
-
-
-def check(method, sequences, bos, table_seed=0, vocab_size=23):
-    scorer = BigramScorer(random_bigrams(vocab_size, seed=table_seed, sharpness=3.0), bos)
-    key = document_key([f"{table_seed} {[s.tolist() for s in sequences]}"])
-    fast = run_fast(method, sequences, scorer, key)
-    ids, slow, eligible = run_slow(method, sequences, scorer, key)
-    assert np.concatenate([*fast.sequences, np.empty(0, int)]).tolist() == [i for i in slow if i is not None]
-    assert fast.num_eligible == eligible
-    touched = [t for t in range(len(ids)) if slow[t] != ids[t]]
-    assert fast.positions_N.tolist() == touched
-    assert fast.original_ids_N.tolist() == [ids[t] for t in touched]
-    assert fast.dropped_N.tolist() == [slow[t] is None for t in touched]
-    assert fast.num_changed + fast.num_dropped == len(touched)
-    assert len(fast.sequences) == len(sequences)
-    assert all(len(s) for s in fast.sequences)
-    return fast
+TABLES = [random_bigrams(VOCAB_SIZE, seed=seed, sharpness=3.0) for seed in range(3)]
+ONE_CANDIDATE = "never itself, k = 1"  # there the original is the only candidate
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("bos", [None, BOS])
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 22), min_size=1, max_size=40), max_size=4), st.integers(0, 3))
-def test_fast_rule_is_the_slow_rule(method, bos, lists, table_seed):
-    check(method, [np.array(ids, np.int32) for ids in lists], bos, table_seed)
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40), max_size=4), st.integers(0, 2))
+def test_fast_rule_is_the_slow_rule(method, bos, lists, table):
+    check(method, [np.array(ids, np.int32) for ids in lists], TABLES[table], bos)
 
 
-def test_edits_do_happen_in_these_cases():
-    table = random_bigrams(23, seed=0, sharpness=3.0)
-    rng = np.random.default_rng(0)
-    chain = [2]
-    while len(chain) < 1500:  # text that the prior finds likely
-        chain.append(int(rng.choice(23, p=table[chain[-1]])))
-    ids = np.array(chain, np.int32)
-    for name, method in METHODS.items():
-        edited = check(method, [ids[:100], ids[100:]], BOS)
-        if name != "never itself, k = 1":  # there the original is the only candidate
-            assert len(edited.positions_N) > 5, name
+@pytest.mark.parametrize("name", METHODS)
+def test_edits_do_happen_in_these_cases(name):
+    ids = likely_text(TABLES[0], 800)
+    edited = check(METHODS[name], [ids[:100], ids[100:100], ids[100:]], TABLES[0], BOS)
+    if name != ONE_CANDIDATE:
+        assert len(edited.positions_N) > 5
+    if METHODS[name].exclude_original and name != ONE_CANDIDATE:
+        assert edited.num_changed > 0.8 * edited.num_resampled  # all but those whose nucleus is themselves
 
 
 @pytest.mark.parametrize("ids", [[], [5], [BOS, 5], [BOS]])
-def test_short_documents_are_untouched(ids):
-    method = EditMethod(preset("up_revise", threshold=0.0), TopK(8, 100.0))
-    edited = check(method, [np.array(ids, np.int32)] if ids else [], BOS)
-    assert edited.num_eligible == 0
+@pytest.mark.parametrize("sampler", [TopK(8, 100.0), TopP(1.0, 100.0), Rejection(8, 100.0)])
+@pytest.mark.parametrize("action", [Action.RESAMPLE, Action.DROP])
+def test_short_documents_are_untouched(ids, sampler, action):
+    method = EditMethod(Rules((Rule(action, at_least=0.0),)), sampler)
+    for sequences in ([np.array(ids, np.int32)], [np.array(ids[:1], np.int32), np.array(ids[1:], np.int32)]):
+        edited = check(method, sequences, TABLES[0], BOS)
+        assert edited.num_eligible == 0
+    assert check(method, [], TABLES[0], BOS).sequences == []
+
+
+def test_the_first_text_token_is_the_one_after_a_leading_bos():
+    method = EditMethod(preset("up_revise", threshold=0.0), TopK(8, 100.0), exclude_original=True)
+    for ids, touched in (([5, 6, 7], [1, 2]), ([BOS, 6, 7, 8], [2, 3]), ([5, BOS, 7, 8], [2, 3])):
+        edited = check(method, [np.array(ids, np.int32)], TABLES[0], BOS)
+        assert edited.positions_N.tolist() == touched
+
+
+def test_a_sequence_never_loses_its_first_token():
+    method = EditMethod(Rules((Rule(Action.DROP, at_least=0.0),)), TopK())
+    sequences = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8, 9], [], [10])]
+    edited = check(method, sequences, TABLES[0])
+    assert [ids.tolist() for ids in edited.sequences] == [[5], [8], [], [10]]
+
+
+def test_nothing_is_copied_where_nothing_is_edited():
+    ids = np.array([5, 6, 7], np.int32)
+    edited = check(EditMethod(preset("none"), TopK()), [ids, ids], TABLES[0])
+    assert edited.sequences[0] is ids
+    assert edited.positions_N.dtype == np.int64
+    assert edited.original_ids_N.dtype == np.int32
+    assert edited.dropped_N.dtype == bool
+
+
+@pytest.mark.parametrize("sampler", [TopK(2, 1.0), TopP(1.0, 1.0, 2), Rejection(2, 1.0)])
+def test_ties_are_broken_by_id(sampler):
+    table = np.full((6, 6), 1 / 6)
+    method = EditMethod(preset("up_revise", threshold=0.1), sampler)
+    drawn = set()
+    for text in range(60):
+        edited = run_fast(
+            method, [np.array([2, 5], np.int32)], BigramScorer(table), document_key([str(text)])
+        )
+        drawn.add(int(edited.sequences[0][1]))
+    # the two lowest ids that are not special, and the original where it is always a candidate
+    assert drawn == ({2, 3} if isinstance(sampler, TopP) else {2, 3, 5})
+
+
+@pytest.mark.parametrize("exclude_original", [False, True])
+def test_the_original_stays_where_there_is_no_candidate(exclude_original):
+    table = np.zeros((6, 6))
+    table[:, 5], table[:, 2] = 0.999, 0.001
+    method = EditMethod(preset("up_revise", threshold=0.9), TopP(0.5, 1.0), exclude_original=exclude_original)
+    edited = check(method, [np.array([5, 5, 5, 5], np.int32)], table)
+    assert (edited.num_resampled, edited.num_changed) == (3, 0)
 
 
 def test_probability_equal_to_the_threshold_is_eligible():
@@ -157,31 +137,23 @@ def test_probability_equal_to_the_threshold_is_eligible():
         assert drop.actions(np.array([at, below], np.float32)).tolist() == [0, 2]
 
 
-def test_ties_are_broken_by_id():
-    table = np.full((6, 6), 1 / 6)
-    scorer = BigramScorer(table)
-    method = EditMethod(preset("up_revise", threshold=0.1), TopK(2, 1.0))
-    for text in range(40):
-        edited = run_fast(method, [np.array([2, 5], np.int32)], scorer, document_key([str(text)]))
-        assert edited.sequences[0][1] in (
-            2,
-            3,
-            5,
-        )  # the two lowest ids that are not special, and the original
+def test_the_editor_takes_a_token_at_the_threshold():
+    table = np.full((6, 6), 0.0)
+    table[:, 2:] = [0.25, 0.25, 0.375, 0.125]
+    ids = np.array([2, 3, 4, 5, 2], np.int32)
+    for bound, positions in (("at_least", [1, 2, 4]), ("above", [2]), ("at_most", [1, 3, 4]), ("below", [3])):
+        rules = Rules((Rule(Action.DROP, **{bound: 0.25}),))
+        assert check(EditMethod(rules, TopK()), [ids], table).positions_N.tolist() == positions
 
 
-def test_sampled_frequencies_follow_the_softmax():
-    vocab_size, draws = 7, 40_000
-    table = np.tile(np.array([0.0, 0.0, 0.5, 0.25, 0.15, 0.07, 0.03]), (vocab_size, 1))
-    method = EditMethod(preset("up_revise", threshold=0.02), TopK(4, 2.0))
-    edited = run_fast(
-        method, [np.full(draws + 1, 6, np.int32)], BigramScorer(table), document_key(["frequencies"])
-    )
-    counts = np.bincount(edited.sequences[0][1:], minlength=vocab_size)[2:]
-    weights = table[0, 2:] ** 0.5  # top 4 and the original, which is not among them: all five
-    expected = weights / weights.sum() * draws
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert chi_square < 23.5  # 4 degrees of freedom, p = 1e-4
+def test_generations_and_seeds_draw_anew():
+    ids = likely_text(TABLES[0], 400)
+    method = EditMethod(UP, TopK(8, 3.0))
+    outcomes = {
+        tuple(run_fast(each, [ids], BigramScorer(TABLES[0]), b"the same key 123").sequences[0])
+        for each in (method, replace(method, generation=2), replace(method, seed=1))
+    }
+    assert len(outcomes) == 3
 
 
 def test_uniforms_are_pinned():
@@ -200,10 +172,9 @@ def test_uniforms_are_pinned():
     assert document_key(["ab", "c"]) != document_key(["a", "bc"])
 
 
-@pytest.mark.parametrize(
-    ("bounds", "word"),
-    [({}, "no condition"), ({"at_least": 1.5}, "between 0 and 1"), ({"above": 0.5, "below": 0.4}, "no p")],
-)
-def test_impossible_rules_are_refused(bounds, word):
-    with pytest.raises(ConfigError, match=word):
-        Rule(Action.RESAMPLE, **bounds)
+def test_uniforms_are_philoxs_own():
+    digest = hashlib.blake2b(b"k" * 16, digest_size=16, person=b"tokedit-uniforms")
+    digest.update((7).to_bytes(8, "little") + (2).to_bytes(8, "little"))
+    philox = np.random.Philox(key=int.from_bytes(digest.digest(), "little"))
+    expected = np.random.Generator(philox).random(1000)
+    assert np.array_equal(uniforms(b"k" * 16, 1000, seed=7, generation=2), expected)

@@ -37,9 +37,9 @@ def test_a_plan_with_a_finished_unit_is_not_replaced(folder):
 
 def test_settings_without_effect_are_named(folder, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("megatron_tokedit"), "propagate", True)
-    run(config(folder, prior="/nonexistent", edit_threshold=0.3, edit_top_k=8))
+    run(config(folder, prior="/nonexistent", edit_threshold=0.3, edit_top_p=0.9))
     (message,) = {record.message for record in caplog.records if "without effect" in record.message}
-    assert "edit_threshold, prior without effect" in message
+    assert message == "without effect with edit_strategy none: edit_threshold, prior"
 
 
 def test_settings_with_effect_are_not(folder):

@@ -63,7 +63,7 @@ def test_edit_is_the_same_for_any_unit_size_and_can_be_undone(folder, prior):
     assert 0 < edit["changed"] <= edit["resampled"] == edit["eligible"] < edit["scored"] == edit["tokens"]
     assert sum(edit["p_histogram_10"]) == edit["scored"]
     manifest = read_manifest(f"{folder}/a_text_document")
-    assert manifest.edit["comparison"].startswith("p >=")
+    assert manifest.edit["rules"] == [{"action": "resample", "at_least": 0.003}]
     assert manifest.prior["context_tokens"] == 24
     assert manifest.counts["num_changed_tokens"] == edit["changed"]
 
@@ -196,7 +196,7 @@ def test_rerun_of_a_finished_job_does_nothing(folder):
 
 def test_a_changed_plan_is_refused_with_its_differences(folder, prior):
     job(folder, "out", editing(prior), stage="edit")
-    with pytest.raises(PlanError, match=r"edit\.threshold: recorded 0\.003, now 0\.5") as refusal:
+    with pytest.raises(PlanError, match=r"edit\.rules: recorded .*0\.003.*, now .*0\.5") as refusal:
         job(folder, "out", editing(prior, edit_threshold=0.5, append_eod=False))
     assert "append_eod: recorded True, now False" in str(refusal.value)
     assert "--restart" in str(refusal.value)
@@ -242,7 +242,10 @@ def test_bad_lines_are_counted_over_all_units(folder):
         job(folder, "more", {"max_bad_lines": 2, "unit_documents": 1})
     job(folder, "ok", {"max_bad_lines": 3})
     documents = stats(folder, "ok")["documents"]
-    assert documents == {"in": 43, "out": 40, "dropped": {"bad_line": 3}}
+    assert documents == {"in": 43, "out": 40, "dropped": {"bad_line": 3}, "unedited": {}}
+    spent = stats(folder, "ok")["bytes"]
+    assert spent["dropped"] == {"bad_line": len(b'{"text": \n{"other": "x"}\n{"text": 3}\n')}
+    assert spent["in"] == spent["out"] + spent["dropped"]["bad_line"]
     job(folder, "part", {"max_bad_lines": 2, "unit_documents": 1}, stage="edit", rank=0, world_size=2)
     job(folder, "part", {"max_bad_lines": 2, "unit_documents": 1}, stage="edit", rank=1, world_size=2)
     with pytest.raises(DataFormatError, match="3 bad lines"):
@@ -280,7 +283,7 @@ def test_a_prior_that_names_another_tokenizer_is_refused(monkeypatch, folder, pr
     from megatron_tokedit.scoring import load
 
     recorded = replace(load.identify_prior(str(prior)), tokenizer_fingerprint="of another one")
-    monkeypatch.setattr(load, "identify_prior", lambda path, backend: recorded)
+    monkeypatch.setattr(load, "identify_prior", lambda path, backend, known: recorded)
     with pytest.raises(TokenizerError, match="fingerprints"):
         job(folder, "out", editing(prior))
 
@@ -294,7 +297,7 @@ def test_what_stands_before_a_document(monkeypatch, folder, prior):
     tokenizer = load_tokenizer("SentencePieceTokenizer", TOKENIZER)
     assert find_prior(config, tokenizer).options.start_id == tokenizer.bos
     trained_on_bin = replace(load.identify_prior(str(prior)), start_id=tokenizer.eod)
-    monkeypatch.setattr(load, "identify_prior", lambda path, backend: trained_on_bin)
+    monkeypatch.setattr(load, "identify_prior", lambda path, backend, known: trained_on_bin)
     assert find_prior(config, tokenizer).options.start_id == tokenizer.eod
 
 

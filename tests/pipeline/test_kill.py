@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer, Job
 from pipeline_cases import TOKENIZER, VOCAB_SIZE, editing, output_bytes, settings, write_corpus
 
 from megatron_tokedit.config.preprocess import preprocess_config
 from megatron_tokedit.pipeline import run
+from megatron_tokedit.pipeline.plan import load_plan
 from megatron_tokedit.testing.models import write_hf_llama
 
 TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "preprocess_edit.py")
@@ -102,17 +109,275 @@ def test_killed_while_editing_with_workers(tmp_path):
     )
 
 
+MERGED = (".bin", ".idx", ".manifest.json")
+EDIT_SUFFIXES = (*MERGED, ".edits")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+class Case:
+    """A job that is run again and again under other names, and what it has to come to."""
+
+    def __init__(self, server: ForkServer, folder: Path, flags: Sequence[str], suffixes: Sequence[str]):
+        self.server, self.folder, self.flags = server, folder, list(flags)
+        begin = time.monotonic()
+        job = self.start("whole")
+        while not (folder / "whole.work" / "plan.json").exists() and job.is_running():
+            time.sleep(0.001)
+        self.planned_seconds = time.monotonic() - begin
+        job.finish()
+        self.whole = {suffix: (folder / f"whole_text_document{suffix}").read_bytes() for suffix in suffixes}
+        self.num_units = len(load_plan(folder / "whole.work" / "plan.json").units)
+        self.unit_seconds = (time.monotonic() - begin - self.planned_seconds) / self.num_units
+
+    def start(self, name: str, *flags: str, **options: int) -> Job:
+        arguments = ["--input", str(self.folder / "corpus.jsonl")]
+        arguments += ["--output-prefix", str(self.folder / name), "--append-eod"]
+        arguments += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", TOKENIZER]
+        log = self.folder / f"{name}.log"
+        return self.server.start(log, [*arguments, *self.flags, *flags], **options)
+
+    def finished(self, name: str) -> dict[Path, tuple[int, int, int]]:
+        """The files of finished units, with what changes when one is written again."""
+        states = {}
+        for marker in markers(self.folder, name):
+            for path in marker.parent.glob(f"{marker.stem}[._]*"):
+                if path.suffix != ".tmp":
+                    state = path.stat()
+                    states[path] = (state.st_ino, state.st_mtime_ns, state.st_size)
+        return states
+
+    def phase(self, name: str) -> str:
+        """How far a job is."""
+        work = self.folder / f"{name}.work"
+        if (work / "complete.json").exists():
+            return "complete"
+        if not (work / "plan.json").exists():
+            return "plan"
+        return "units" if len(markers(self.folder, name)) < self.num_units else "merge"
+
+    def check_outputs(self, name: str) -> None:
+        """What bears an output's name is that output, whole; a complete job has all of them."""
+        found = {suffix: self.folder / f"{name}_text_document{suffix}" for suffix in self.whole}
+        there = {suffix: path.read_bytes() for suffix, path in found.items() if path.exists()}
+        wrong = [suffix for suffix, content in there.items() if content != self.whole[suffix]]
+        assert not wrong, f"{name}: {wrong} look whole and are not"
+        assert ".idx" not in there or ".bin" in there
+        assert ".manifest.json" not in there or len(there) == len(self.whole)
+        assert self.phase(name) != "complete" or len(there) == len(self.whole)
+
+    def check_end(self, name: str) -> None:
+        """The job is complete, with the bytes of one that nobody disturbed, and left nothing else behind."""
+        assert self.phase(name) == "complete"
+        self.check_outputs(name)
+        assert not [*self.folder.rglob(f"{name}.work/**/*.tmp"), *self.folder.glob(f"{name}_*.tmp")]
+
+    def kill_and_check(self, name: str, job: Job, before: dict[Path, tuple[int, int, int]]) -> str | None:
+        """Kill a job; returns the phase in which it died, None where it had ended."""
+        killed = job.kill()
+        assert killed or job.returncode == 0, job.log.read_text()
+        now = self.finished(name)
+        assert before.items() <= now.items() or self.phase(name) == "complete"
+        self.check_outputs(name)
+        return self.phase(name) if killed else None
+
+
+def sleep_until(job: Job, condition: Callable[[], bool]) -> None:
+    while not condition() and job.is_running():
+        time.sleep(0.001)
+
+
+def kill_at_random_times(case: Case, seed: int, num_kills: int) -> None:
+    """Kill jobs, some of them several times, until there were ``num_kills``; every job ends as it should."""
+    rng = random.Random(seed)
+    died_in: Counter[str] = Counter()
+    for trial in itertools.count():
+        name = f"out{trial}"
+        for _ in range(rng.randint(1, 4)):
+            aim = rng.choice(("plan", "units", "merge"))
+            wanted = {"plan": 0, "units": rng.randrange(case.num_units), "merge": case.num_units}[aim]
+            pause = rng.uniform(0.0, case.planned_seconds if aim == "plan" else case.unit_seconds)
+            before = case.finished(name)
+            job = case.start(name)
+            sleep_until(job, lambda: len(markers(case.folder, name)) >= wanted)  # noqa: B023
+            time.sleep(pause)
+            phase = case.kill_and_check(name, job, before)
+            died_in[phase or "not at all"] += 1
+        case.start(name).finish()
+        case.check_end(name)
+        if died_in.total() - died_in["not at all"] >= num_kills and len(died_in) >= 3:
+            break
+        assert died_in.total() < 5 * num_kills, died_in
+    logging.getLogger(__name__).info("seed %d: died in %s", seed, dict(died_in))
+
+
+@pytest.fixture
+def none_case(server: ForkServer, tmp_path: Path) -> Case:
+    write_corpus(tmp_path / "corpus.jsonl", num_documents=24)
+    return Case(server, tmp_path, ["--edit-strategy", "none", "--unit-documents", "3"], MERGED)
+
+
+@pytest.fixture
+def edit_case(server: ForkServer, tmp_path: Path) -> Case:
+    write_corpus(tmp_path / "corpus.jsonl", num_documents=24)
+    changes = editing(write_hf_llama(tmp_path / "prior", vocab_size=VOCAB_SIZE), unit_documents=3, workers=2)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
+    return Case(server, tmp_path, flags, EDIT_SUFFIXES)
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_killed_at_random_times(none_case: Case, seed: int) -> None:
+    kill_at_random_times(none_case, seed, 20)
+
+
+@pytest.mark.parametrize("seed", [2])
+def test_killed_at_random_times_while_editing(edit_case: Case, seed: int) -> None:
+    kill_at_random_times(edit_case, seed, 20)
+
+
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
-def test_killed_at_random_times(tmp_path):
-    write_corpus(tmp_path / "corpus.jsonl", num_documents=400)
-    finish(tmp_path, "whole", *NONE)
-    rng = random.Random(0)
-    for trial in range(40):
-        name = f"out{trial}"
-        for _ in range(5):
-            process = start(tmp_path, name, *NONE)
-            deadline = time.monotonic() + rng.uniform(0.0, 1.5)
-            kill_when(process, lambda: time.monotonic() > deadline)  # noqa: B023
-        finish(tmp_path, name, *NONE)
-        assert output_bytes(tmp_path, name) == output_bytes(tmp_path, "whole")
+@pytest.mark.parametrize("seed", [3, 4])
+def test_killed_very_often(none_case: Case, edit_case: Case, seed: int) -> None:
+    kill_at_random_times(none_case, seed, 60)
+    kill_at_random_times(edit_case, seed, 60)
+
+
+def kill_before_every_step(case: Case, stride: int, *flags: str) -> int:
+    """Kill a job before its first, or n-th, step on the file system, the next before the one after ..."""
+    for step in itertools.count(1, stride):
+        name = f"step{step}"
+        job = case.start(name, *flags, kill_at_step=step)
+        if job.wait() == 0:
+            case.check_end(name)
+            return step
+        assert job.returncode == -signal.SIGKILL, job.log.read_text()
+        case.check_outputs(name)
+        before = case.finished(name)
+        again = case.start(name, *flags)
+        again.finish()
+        assert "units to do" not in again.log.read_text() or before.keys() >= case.finished(name).keys()
+        case.check_end(name)
+    raise AssertionError
+
+
+def test_killed_before_every_step_on_the_file_system(server: ForkServer, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus.jsonl", num_documents=4)
+    case = Case(server, tmp_path, ["--edit-strategy", "none", "--unit-documents", "4"], MERGED)
+    assert kill_before_every_step(case, 1) > 20
+
+
+@pytest.mark.stress
+def test_killed_before_every_step_on_the_file_system_while_editing(edit_case: Case) -> None:
+    assert kill_before_every_step(edit_case, 1, "--workers", "1") > 100
+
+
+def test_a_second_process_on_a_unit_that_is_killed_leaves_the_first_ones_work(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    """The second one stops when it begins to write its unit, the first one finishes it, the second goes on
+    and is killed at each of its steps."""
+    write_corpus(tmp_path / "corpus.jsonl", num_documents=4)
+    case = Case(server, tmp_path, ["--edit-strategy", "none", "--unit-documents", "4"], MERGED)
+    for step in itertools.count(2):
+        name = f"twice{step}"
+        edit = ("--stage", "edit", "--rank", "0", "--world-size", "1")
+        second = case.start(
+            name, *edit, stop_at_step=1, kill_at_step=step, steps_under=".work/units/0000/0000000_"
+        )
+        sleep_until(second, second.is_stopped)
+        case.start(name, *edit).finish()
+        os.kill(second.pid, signal.SIGCONT)
+        code = second.wait()
+        assert code in (0, -signal.SIGKILL), second.log.read_text()
+        case.start(name).finish()
+        case.check_end(name)
+        if code == 0:
+            break
+    assert step > 5
+
+
+def test_only_a_worker_is_killed(edit_case: Case) -> None:
+    rng = random.Random(5)
+    for trial in range(4):
+        name = f"worker{trial}"
+        job = edit_case.start(name)
+        wanted = rng.randrange(edit_case.num_units - 2)
+        sleep_until(job, lambda: len(markers(edit_case.folder, name)) >= wanted and len(job.children()) == 2)  # noqa: B023
+        os.kill(rng.choice(job.children()), signal.SIGKILL)
+        if job.wait() == 0:  # the other one did the rest: it was killed between two units
+            edit_case.check_end(name)
+            continue
+        assert "1 work units are not done" in (log := job.log.read_text())
+        assert "a worker was killed by signal 9" in log
+        assert len(markers(edit_case.folder, name)) == edit_case.num_units - 1
+        edit_case.check_outputs(name)
+        edit_case.start(name).finish()
+        edit_case.check_end(name)
+
+
+def test_processes_that_share_the_edit_stage_are_killed(edit_case: Case) -> None:
+    rng = random.Random(6)
+    for trial in range(3):
+        name = f"shared{trial}"
+        ranks = [("0", "2"), ("1", "2"), ("0", "2")]  # the third one by mistake
+        flags = [("--stage", "edit", "--rank", r, "--world-size", w, "--workers", "1") for r, w in ranks]
+        for _ in range(3):
+            before = edit_case.finished(name)
+            jobs = [edit_case.start(name, *flag) for flag in flags]
+            for job in rng.sample(jobs, rng.randint(1, 3)):
+                time.sleep(rng.uniform(0.0, edit_case.planned_seconds))
+                job.kill()
+            assert {job.wait() for job in jobs} <= {0, -signal.SIGKILL}
+            assert before.keys() <= edit_case.finished(name).keys()
+            edit_case.check_outputs(name)
+        for flag in flags[:2]:
+            edit_case.start(name, *flag).finish()
+        edit_case.start(name, "--stage", "merge").finish()
+        edit_case.check_end(name)
+
+
+def test_a_full_disk_is_told_and_the_next_run_goes_on(none_case: Case) -> None:
+    merged = len(none_case.whole[".bin"])
+    unit = max(merged // none_case.num_units, 400)
+    seen = set()
+    for file_bytes in (200, unit // 2, merged - 1):
+        name = f"full{file_bytes}"
+        job = none_case.start(name, file_bytes=file_bytes)
+        assert job.wait() == 1, job.log.read_text()
+        (error,) = re.findall(r"error: cannot write .*/(\S+): File too large", job.log.read_text())
+        seen.add(error.removeprefix(f"{name}_"))
+        assert "Traceback" not in job.log.read_text()
+        none_case.check_outputs(name)
+        done = none_case.finished(name)
+        assert not [*none_case.folder.rglob(f"{name}*/**/*.tmp"), *none_case.folder.glob("*.tmp")]
+        again = none_case.start(name)
+        again.finish()
+        told = re.findall("([0-9]+) done before", again.log.read_text())
+        num_done = sum(path.suffix == ".json" for path in done)
+        assert told == ([] if num_done == none_case.num_units else [str(num_done)])
+        none_case.check_end(name)
+    assert {"plan.json", "text_document.bin"} <= seen
+
+
+def test_an_input_that_cannot_be_read_is_told_and_the_next_run_goes_on(none_case: Case) -> None:
+    corpus = none_case.folder / "corpus.jsonl"
+    job = none_case.start("unreadable")
+    sleep_until(job, lambda: len(markers(none_case.folder, "unreadable")) >= 2)
+    assert job.kill()
+    done = none_case.finished("unreadable")
+    corpus.rename(none_case.folder / "kept")
+    corpus.symlink_to("/proc/self/mem")  # a regular file whose first bytes cannot be read, not even by root
+    job = none_case.start("unreadable")
+    assert job.wait() == 1
+    assert f"error: {corpus}: cannot be read: Input/output error" in job.log.read_text()
+    corpus.unlink()
+    (none_case.folder / "kept").rename(corpus)
+    assert none_case.finished("unreadable") == done
+    none_case.start("unreadable").finish()
+    none_case.check_end("unreadable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,8 +19,8 @@ from megatron_tokedit.config.preprocess import preprocess_config
 from megatron_tokedit.dataset import read_manifest
 from megatron_tokedit.errors import ConfigError, DataFormatError, PlanError
 from megatron_tokedit.pipeline import run
-from megatron_tokedit.pipeline.placement import usable_cores
-from megatron_tokedit.pipeline.resources import find_prior
+from megatron_tokedit.pipeline.placement import usable_bytes, usable_cores
+from megatron_tokedit.pipeline.resources import find_prior, load_tokenizers
 from megatron_tokedit.pipeline.workdir import WorkDir
 from megatron_tokedit.pipeline.workers import count_workers
 from megatron_tokedit.testing.models import write_hf_llama
@@ -59,6 +60,44 @@ def test_workers_keep_the_usable_cores_busy_by_default(folder, monkeypatch):
     assert count_workers(asked, replace(prior, device="cuda"), 100) == 9
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # the ranks of a node share its cores
     assert count_workers(config, prior, 100) == 2
+
+
+@pytest.mark.usefixtures("six_cores")
+def test_workers_are_no_more_than_the_memory_holds(folder, monkeypatch, caplog):
+    config = preprocess_config(
+        settings(folder, "out", **editing(write_hf_llama(folder / "p", vocab_size=VOCAB_SIZE), workers=None))
+    )
+    prior = find_prior(config, load_tokenizer(config.tokenizer_type, config.tokenizer_model))
+    for copies, expected in ((2.6, 2), (0.3, 1), (100.0, 6)):
+        free = int(copies * prior.memory_bytes)
+        monkeypatch.setattr("megatron_tokedit.pipeline.workers.usable_bytes", lambda free=free: free)
+        assert count_workers(config, prior, 100) == expected
+    assert 0 < usable_bytes() < 1 << 50
+
+
+def test_a_control_groups_limits_count(monkeypatch):
+    files = {"cpu.max": "150000 100000", "memory.max": "1000000", "memory.current": "400000"}
+    module = sys.modules[usable_cores.__module__]
+    monkeypatch.setattr(module, "_control_group_number", lambda name: tuple(map(int, files[name].split())))
+    assert usable_cores({}) == 1
+    assert usable_bytes() == 600000
+
+
+def test_unchanged_weights_are_hashed_once(folder, monkeypatch):
+    from megatron_tokedit.scoring import identity
+
+    prior = write_hf_llama(folder / "p", vocab_size=VOCAB_SIZE)
+    assert job(folder, "out", editing(prior), stage="edit", rank=0, world_size=2).outcome == "edited"
+    hashed = []
+    hash_files = identity.hash_files
+    monkeypatch.setattr(identity, "hash_files", lambda paths: hashed.append(paths) or hash_files(paths))
+    assert job(folder, "out", editing(prior)).outcome == "merged"
+    assert not hashed
+    weights = next(prior.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(PlanError, match=r"prior\.fingerprint"):
+        job(folder, "out", editing(prior))
+    assert hashed
 
 
 @pytest.mark.usefixtures("six_cores")
@@ -142,7 +181,7 @@ def test_units_done_by_others_meanwhile_are_left_alone(folder):
     from megatron_tokedit.pipeline.unit import UnitWorker
 
     config = preprocess_config(settings(folder, "out"))
-    worker = UnitWorker(config, load_tokenizer(config.tokenizer_type, config.tokenizer_model), None)
+    worker = UnitWorker(config, load_tokenizers(config), None)
     told = []
     for unit in load_plan(folder / "out.work" / "plan.json").units:
         worker.process(unit, lambda documents, tokens: told.append(documents))

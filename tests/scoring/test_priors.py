@@ -164,7 +164,7 @@ def test_reference_table_of_the_method():
     share = float((logprobs >= np.float32(np.log(0.99))).mean())
     assert round(100 * share, 2) == pytest.approx(16.88, abs=0.011)
     assert float(np.exp(-logprobs.mean(dtype=np.float64))) == pytest.approx(4.43, abs=0.005)
-    editor = Editor(method, vocab_size=512, special_ids=frozenset({0, 1, 2}), bos=1)
+    editor = Editor(method, vocab_size=512, special_ids=frozenset({0, 1, 2}), bos=1, incomplete_utf8={})
     statistics = EditStatistics()
     for index, (ids, score) in enumerate(zip(documents, scores, strict=True)):
         candidates = Candidates(

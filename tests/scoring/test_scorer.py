@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.scoring import head
 from megatron_tokedit.scoring.base import CandidateRequest
-from megatron_tokedit.scoring.head import OutputHead, score_rows, top_candidates
+from megatron_tokedit.scoring.candidates import top_candidates
+from megatron_tokedit.scoring.head import OutputHead, TiledHead
 from megatron_tokedit.scoring.scorer import CausalScorer, ScoringOptions
 from megatron_tokedit.testing.fake_prior import BigramBackbone, BigramScorer, random_bigrams
 
@@ -68,30 +70,30 @@ def test_forwards_keep_the_budgets():
     assert len(backbone.forward_shapes) < sum(map(len, documents())) / 16
 
 
-def test_chunks_never_exceed_the_byte_budget(monkeypatch):
-    rows_seen = []
-    original = OutputHead.logits
+def test_tiles_never_exceed_the_byte_budget(monkeypatch):
+    tile_bytes = []
+    original = TiledHead.tile
 
-    def watched(self, hidden_nH):
-        logits = original(self, hidden_nH)
-        rows_seen.append(logits.shape[0] * self.row_bytes)
-        return logits
+    def watched(self, hidden_nH, block, out_nv):
+        original(self, hidden_nH, block, out_nv)
+        tile_bytes.append(out_nv.numel() * 4)
 
-    monkeypatch.setattr(OutputHead, "logits", watched)
-    head = OutputHead(torch.randn(50, 8))
-    budget = 7 * head.row_bytes
-    whole = score_rows(head, torch.randn(100, 8), torch.arange(100) % 50, None, logits_bytes=budget)
-    assert len(whole.logprobs_N) == 100
-    assert max(rows_seen) <= budget
-    assert len(rows_seen) == 15
+    monkeypatch.setattr(TiledHead, "tile", watched)
+    monkeypatch.setattr(head, "_CPU_COLUMNS", 20)
+    tiled = TiledHead(OutputHead(torch.randn(50, 8)), logits_bytes=7 * 20 * 4)
+    assert len(tiled.score(torch.randn(100, 8), torch.arange(100) % 50).logprobs_N) == 100
+    assert max(tile_bytes) == 7 * 20 * 4
+    assert len(tile_bytes) == 15 * 3
 
 
 def test_head_with_bias_scale_and_soft_cap():
     torch.manual_seed(0)
     weight, bias, hidden = torch.randn(20, 8), torch.randn(20), torch.randn(6, 8)
-    head = OutputHead(weight, bias, scale=0.25, softcap=3.0)
+    output = OutputHead(weight, bias, scale=0.25, softcap=3.0)
     expected = 3.0 * torch.tanh((hidden @ weight.T + bias) * 0.25 / 3.0)
-    torch.testing.assert_close(head.logits(hidden), expected)
+    torch.testing.assert_close(output.logits(hidden), expected)
+    scores = TiledHead(output, logits_bytes=1 << 20).score(hidden, torch.arange(6))
+    torch.testing.assert_close(scores.logprobs_N, expected.log_softmax(1).diagonal())
 
 
 def test_ties_at_the_last_place_go_to_the_lowest_id():

@@ -1,0 +1,177 @@
+"""The middle of a unit: score a group, edit it, as often as there are generations.
+
+Invariant: generation n is an edit of generation n - 1 by the same prior, with the random numbers of (seed, n,
+document); what a journal records is always against the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.corpus import Document
+from megatron_tokedit.dataset import CHANGED, DROPPED
+from megatron_tokedit.dataset.alignment import align
+from megatron_tokedit.edit.editor import Candidates
+from megatron_tokedit.edit.lineage import Lineage
+from megatron_tokedit.edit.random import document_key
+from megatron_tokedit.edit.statistics import EditStatistics
+from megatron_tokedit.errors import PriorError
+from megatron_tokedit.pipeline.groups import EncodedKey, Fate, Group, Sequences
+from megatron_tokedit.pipeline.method import candidate_request, make_editor
+from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, load_prior
+from megatron_tokedit.pipeline.results import Stopwatch
+from megatron_tokedit.scoring.base import TokenScores
+
+Changes = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], npt.NDArray[np.integer]]
+OnGeneration = Callable[[int, Callable[[], list["Lineage | None"]]], None]
+NO_CHANGES: Changes = (np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))
+
+
+class GroupEditor:
+    """Holds the prior and the editors of a job.
+
+    Args:
+        config: the job.
+        tokenizers: its tokenizers.
+        prior: as settled by the plan.
+
+    Raises:
+        PriorError: the prior cannot be loaded.
+    """
+
+    def __init__(self, config: PreprocessConfig, tokenizers: JobTokenizers, prior: PriorPlan) -> None:
+        generations = range(1, config.edit_generations + 1)
+        self._editors = [make_editor(config, tokenizers.text, generation) for generation in generations]
+        self._scorer = load_prior(prior)
+        self._request = candidate_request(self._editors[0].method, tokenizers.text, self._scorer.vocab_size)
+
+    def edit(
+        self,
+        group: Group,
+        key: str,
+        statistics: Sequence[EditStatistics],
+        stopwatch: Stopwatch,
+        on_batch: Callable[[int], None],
+        on_generation: OnGeneration,
+    ) -> None:
+        """Score and edit one key of a group.
+
+        Args:
+            group: read and tokenized.
+            key: which JSON key.
+            statistics: one a generation; counted in.
+            stopwatch: told the time of scoring and editing.
+            on_batch: told the tokens of every batch that is scored.
+            on_generation: called for every generation in order with its index and with what gives the edited
+                documents (None for those that are not to be edited). That of the last generation may be
+                called later and in another thread, those before are called at once.
+
+        Raises:
+            PriorError: the prior returned unusable numbers, with the documents it was given.
+        """
+        encoded = group.keys[key]
+        lineages = [
+            Lineage.start(sequences) if fate is Fate.EDIT else None
+            for sequences, fate in zip(encoded.sequences, encoded.fates, strict=True)
+        ]
+        keys = [document_key(texts) for texts in encoded.texts]
+        for index in range(len(self._editors)):
+            with stopwatch.timed("score"):
+                scores = self._score(group.documents, lineages, on_batch)
+            step = partial(self._apply, index, lineages, scores, keys, statistics[index], stopwatch)
+            if index + 1 < len(self._editors):
+                lineages = step()
+                on_generation(index, partial(list, lineages))
+            else:
+                on_generation(index, step)
+
+    def _score(
+        self,
+        documents: Sequence[Document],
+        lineages: Sequence[Lineage | None],
+        on_batch: Callable[[int], None],
+    ) -> list[TokenScores]:
+        """Scores of the documents as they stand; empty for those that are not to be edited."""
+        ids = [
+            np.concatenate([*(lineage.sequences if lineage else ()), np.empty(0, np.int32)])
+            for lineage in lineages
+        ]
+        try:
+            return self._scorer.score(ids, self._request, on_batch=on_batch)
+        except PriorError as error:
+            first, last = documents[0], documents[-1]
+            until = last.line if last.path == first.path else f"{last.path}:{last.line}"
+            raise PriorError(f"{first.path}:{first.line} to {until}: {error}") from error
+
+    def _apply(
+        self,
+        index: int,
+        lineages: Sequence[Lineage | None],
+        scores: Sequence[TokenScores],
+        keys: Sequence[bytes],
+        statistics: EditStatistics,
+        stopwatch: Stopwatch,
+    ) -> list[Lineage | None]:
+        """Edit the documents of one generation, and count it."""
+        editor = self._editors[index]
+        thresholds = editor.method.rules.thresholds
+        results: list[Lineage | None] = []
+        with stopwatch.timed("edit"):
+            for lineage, score, key in zip(lineages, scores, keys, strict=True):
+                if lineage is None:
+                    results.append(None)
+                    continue
+                candidates = Candidates(
+                    score.candidate_positions_E, score.candidate_ids_EK, score.candidate_logprobs_EK
+                )
+                edited = editor.edit(lineage.sequences, score.logprobs_T, candidates, key)
+                statistics.add(score.logprobs_T, edited, thresholds)
+                results.append(lineage.advance(edited))
+        return results
+
+
+class Reencoder:
+    """From an edited document to what is written of it, and what the journal says.
+
+    Args:
+        config: the job.
+        tokenizers: its tokenizers.
+    """
+
+    def __init__(self, config: PreprocessConfig, tokenizers: JobTokenizers) -> None:
+        self._tokenizers = tokenizers
+        self._decodes_all = config.output_round_trip == "decoded"
+
+    def written(self, encoded: EncodedKey, index: int, lineage: Lineage | None) -> tuple[Sequences, Changes]:
+        """The sequences to write of a document of a group, and the journal's entries against the original."""
+        original = encoded.originals[index]
+        if lineage is None:
+            return original, NO_CHANGES
+        positions_N, ids_N, dropped_N = lineage.changes()
+        output = self._tokenizers.output
+        if output is None:
+            return lineage.sequences, (positions_N, ids_N, np.where(dropped_N, DROPPED, CHANGED))
+        if not len(positions_N) and not self._decodes_all:
+            return original, NO_CHANGES
+        texts = [self._tokenizers.text.decode(ids) for ids in lineage.sequences]
+        sequences = [ids for ids in output.encode_batch(texts) if len(ids)]
+        if len(sequences) != len(original):  # a sequence came out empty; it would vanish
+            return original, NO_CHANGES
+        return sequences, _align_sequences(original, sequences)
+
+
+def _align_sequences(original: Sequences, edited: Sequences) -> Changes:
+    """Journal entries of a document, sequence by sequence, laid end to end."""
+    parts = []
+    start = 0
+    for before, after in zip(original, edited, strict=True):
+        positions, ids, kinds = align(before, after)
+        parts.append((positions + start, ids, kinds))
+        start += len(before)
+    positions_N, ids_N, kinds_N = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return positions_N, ids_N, kinds_N

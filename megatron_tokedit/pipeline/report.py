@@ -1,0 +1,103 @@
+"""The statistics of a finished dataset: the content of ``.stats.json``, and what deserves a word to the user.
+
+Invariant: documents and bytes in = out + dropped, by reason; counts are those of the units, added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.edit.statistics import MARGIN, EditStatistics
+from megatron_tokedit.pipeline.groups import spelling
+from megatron_tokedit.pipeline.resources import JobTokenizers
+from megatron_tokedit.pipeline.results import ROUND_TRIP, Totals
+
+
+def dataset_statistics(
+    config: PreprocessConfig, tokenizers: JobTokenizers, totals: Totals, name: str
+) -> dict[str, Any]:
+    """The content of the ``.stats.json`` of the dataset ``name``.
+
+    Times are of the whole job: the steps of a unit overlap, so their shares are of the time that the steps
+    took together, and ``tokens_per_worker_second`` is of the time that the units took.
+    """
+    counts = totals.keys[name]
+    dropped_bytes = {"bad_line": totals.bad_bytes, **counts.dropped_bytes}
+    bytes_in = totals.bytes_in + totals.bad_bytes
+    busy = sum(totals.seconds.values())
+    tokens = sum(counts.edit.tokens if counts.edit else counts.tokens for counts in totals.keys.values())
+    statistics: dict[str, Any] = {
+        "documents": {
+            "in": totals.documents_in,
+            "out": counts.documents,
+            "dropped": {"bad_line": totals.bad_lines, **counts.dropped},
+            "unedited": counts.unedited,
+        },
+        "bytes": {"in": bytes_in, "out": bytes_in - sum(dropped_bytes.values()), "dropped": dropped_bytes},
+        "sequences": counts.sequences,
+        "tokens": counts.tokens,
+        "special_tokens_in_text": {
+            spelling(tokenizers.written, int(id_)): number for id_, number in counts.spelled.items()
+        },
+        "bad_lines": totals.bad_examples,
+        "worker_seconds": {step: round(value, 3) for step, value in totals.seconds.items()}
+        | {"wall": round(totals.wall_seconds, 3)},
+        "time_shares": {step: round(value / max(busy, 1e-9), 4) for step, value in totals.seconds.items()},
+        "tokens_per_worker_second": round(tokens / max(totals.wall_seconds, 1e-9), 1),
+        "peak_memory_bytes_a_worker": totals.peak_bytes,
+        "encoder": tokenizers.text.encoder,
+    }
+    if counts.edit is not None:
+        statistics["edit"] = edit_statistics(counts.edit)
+        statistics["environments"] = sorted(totals.environments)
+    return statistics
+
+
+def edit_statistics(edit: EditStatistics) -> dict[str, Any]:
+    """What was scored and edited, with the shares that people quote."""
+    return {
+        "tokens": edit.tokens,
+        "scored": edit.scored,
+        "eligible": edit.eligible,
+        "resampled": edit.resampled,
+        "changed": edit.changed,
+        "dropped": edit.dropped,
+        "undone_invalid_utf8": edit.undone,
+        "eligible_share": edit.eligible / max(edit.tokens, 1),
+        "changed_share_of_eligible": edit.changed / max(edit.eligible, 1),
+        "within_margin_of_threshold": {"margin": MARGIN, "tokens": edit.margin},
+        "perplexity": edit.perplexity,
+        "document_perplexity_quantiles": edit.perplexity_quantiles(),
+        "p_histogram_10": edit.histogram.reshape(10, -1).sum(axis=1).tolist(),
+        "p_histogram_100": edit.histogram.tolist(),
+        "counts": edit.to_json(),
+    }
+
+
+def remarks(config: PreprocessConfig, tokenizers: JobTokenizers, totals: Totals, name: str) -> Iterator[str]:
+    """What the user should be warned of in a finished dataset."""
+    counts = totals.keys[name]
+    if counts.spelled:
+        spelled = ", ".join(
+            f"{spelling(tokenizers.written, int(id_))} {number} times"
+            for id_, number in counts.spelled.items()
+        )
+        yield (
+            f"the text itself spells control tokens ({spelled}), which became these tokens, as in "
+            "Megatron-LM; --special-tokens-in-text split makes them ordinary text"
+        )
+    failed = counts.unedited.get(ROUND_TRIP, 0) + counts.dropped.get(ROUND_TRIP, 0)
+    if failed:
+        what = "dropped" if config.output_round_trip == "drop" else "written unedited"
+        yield (
+            f"{failed} of {totals.documents_in} documents were {what} because the prior's tokenizer does not "
+            "give their text back exactly (--output-round-trip)"
+        )
+    if counts.edit is not None and len(totals.environments) > 1:
+        yield (
+            f"the prior ran in several environments ({'; '.join(sorted(totals.environments))}), whose scores "
+            f"differ in rounding: {counts.edit.margin} tokens within {MARGIN} of a threshold could have gone "
+            "the other way"
+        )
