@@ -2,14 +2,16 @@
 
     python benchmarks/tokenize_corpus.py --tokenizer PATH                # sources of this Python's packages
     python benchmarks/tokenize_corpus.py --tokenizer PATH --text a.txt b.jsonl --rounds 3
+    python benchmarks/tokenize_corpus.py --tokenizer PATH --megabytes 300 --only gigatoken --workers 1
 
 (Not called tokenize.py: a script's folder comes first in the search path, and the standard library has a
 module of that name.) No text occurs twice. Encoding alone is timed with the contestants taking turns every
-512 KiB, on one core; whole jobs take turns in processes of their own, each on a tenth of the text and on all
-of it, so that a job's rate is that of what it does more for more text, without its start. "Megatron-LM's
-loop" is the work of its tools/preprocess_data.py: a pool that parses and encodes line by line, and a parent
-that adds each document to megatron-core's IndexedDatasetBuilder. Where gigatoken (the extra `fast`) is
-installed, our side runs with it and without it.
+512 KiB, on one core, over a tenth of the text. Whole jobs take turns in processes of their own, each on a
+tenth of the text and on all of it, so that a job's net rate is that of what it does more for more text,
+without its start. A gigatoken job is over in seconds: give it text enough. "Megatron-LM's loop" is the work
+of its tools/preprocess_data.py: a pool that parses and encodes line by line, and a parent that adds each
+document to megatron-core's IndexedDatasetBuilder. Where gigatoken (the extra `fast`) is installed, our side
+runs with it and without it.
 """
 
 from __future__ import annotations
@@ -127,8 +129,8 @@ def encoders(tokenizer_path: str) -> dict[str, Callable[[list[str]], list[Any]]]
     return contestants
 
 
-def time_encoders(args: argparse.Namespace, documents: list[str]) -> tuple[int, float]:
-    """Print the table of encoding alone; returns the number of tokens and the library's tokens/s."""
+def time_encoders(args: argparse.Namespace, documents: list[str]) -> float:
+    """Print the table of encoding alone; returns the library's tokens/s."""
     contestants = encoders(args.tokenizer)
     seconds = dict.fromkeys(contestants, 0.0)
     tokens, num_bytes = 0, sum(len(document.encode()) for document in documents)
@@ -141,16 +143,12 @@ def time_encoders(args: argparse.Namespace, documents: list[str]) -> tuple[int, 
         first = ids["library alone"]
         tokens += sum(map(len, first))
         assert all(all(map(np.array_equal, first, other)) for other in ids.values()), "ids differ"
-    print(
-        f"text: {num_bytes / GB:.4f} GB in {len(documents)} documents, {tokens / 1e6:.2f} M tokens, "
-        f"{num_bytes / tokens:.2f} bytes a token\n"
-    )
     base = tokens / seconds["library alone"]
     print(f"{'encoding alone, one core':36}{'M tokens/s':>12}{'MB/s':>8}{'of library':>12}")
     for name, spent in seconds.items():
         rate = tokens / spent
         print(f"{name:36}{rate / 1e6:12.3f}{num_bytes / spent / MB:8.1f}{rate / base:12.2f}")
-    return tokens, base
+    return base
 
 
 def _start_encoder(tokenizer_path: str, append_eod: bool) -> None:
@@ -232,66 +230,74 @@ def run_child(job: dict[str, Any]) -> None:
 
 
 def run_job(job: dict[str, Any], environment: dict[str, str]) -> dict[str, float]:
-    """One job in a fresh process; adds the checksum of the ids that it wrote."""
+    """One job in a fresh process; adds the size and the checksum of the ids that it wrote."""
     command = [sys.executable, __file__, "--child", json.dumps(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr}")
     written = Path(job["output"] + "_text_document.bin")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    result["sha256"] = hashlib.sha256(written.read_bytes()).hexdigest()
+    with written.open("rb") as file:
+        result["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    result["bytes"] = written.stat().st_size
+    written.unlink()
     return result
 
 
-def time_jobs(args: argparse.Namespace, documents: list[str], tokens: int, base: float, work: Path) -> None:
-    """Print the table of whole jobs."""
-    part = documents[::10]
+Results = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def time_jobs(args: argparse.Namespace, documents: list[str], work: Path) -> Results:
+    """Run the whole jobs, taking turns: contestant -> "part" and "all" of the text -> runs."""
     inputs = {"part": work / "part.jsonl", "all": work / "all.jsonl"}
-    for name, texts in (("part", part), ("all", documents)):
+    for name, texts in (("part", documents[::10]), ("all", documents)):
         inputs[name].write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
-    share = 1 - sum(map(len, part)) / sum(map(len, documents))
     hidden, plain = hide_gigatoken(work / "hidden"), dict(os.environ)
     contestants = {f"Megatron-LM's loop, {n} workers": ("megatron", n, hidden) for n in args.workers}
     contestants |= {f"pipeline, {n} workers": ("ours", n, hidden) for n in args.workers}
     if importlib.util.find_spec("gigatoken") is not None:
         contestants |= {f"pipeline, gigatoken, {n} workers": ("ours", n, plain) for n in args.workers}
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {
-        name: {"part": [], "all": []} for name in contestants
-    }
-    for round_ in range(args.rounds):
+    contestants = {name: parts for name, parts in contestants.items() if args.only in name}
+    results: Results = {name: {"part": [], "all": []} for name in contestants}
+    for _ in range(args.rounds):
         for name, (kind, workers, environment) in contestants.items():
             for size, path in inputs.items():
-                output = str(
-                    work / f"{kind}_{workers}_{round_}_{size}_{len(results[name][size])}_{id(environment)}"
-                )
-                job = {"kind": kind, "workers": workers, "input": str(path), "output": output}
-                results[name][size].append(run_job({**job, "tokenizer": args.tokenizer}, environment))
+                with tempfile.TemporaryDirectory(dir=work) as folder:
+                    job = {"kind": kind, "workers": workers, "input": str(path), "output": f"{folder}/out"}
+                    results[name][size].append(run_job({**job, "tokenizer": args.tokenizer}, environment))
+    return results
+
+
+def print_jobs(results: Results, base: float, itemsize: int) -> int:
+    """Print the table of whole jobs; returns the number of tokens of the text."""
     print(
-        f"\n{'whole jobs':36}{'M tokens/s':>12}{'of library':>12}{'a worker':>10}{'start s':>9}"
-        f"{'peak MB 0.1x':>14}{'1x':>8}"
+        f"\n{'whole jobs':36}{'M tokens/s':>12}{'net':>8}{'of library':>12}{'a worker':>10}{'start s':>9}"
+        f"{'peak MB 0.1x':>14}{'1x':>6}"
     )
-    for name, (_, workers, _) in contestants.items():
-        seconds = {
-            size: statistics.median(r["seconds"] for r in runs) for size, runs in results[name].items()
-        }
-        peaks = {size: max(r["peak_bytes"] for r in runs) for size, runs in results[name].items()}
-        spent = seconds["all"] - seconds["part"]
-        rate = tokens * share / spent if spent > 0 else float("nan")
-        begin = seconds["all"] - tokens / rate
+    for name, sizes in results.items():
+        seconds = {size: statistics.median(r["seconds"] for r in runs) for size, runs in sizes.items()}
+        peaks = {size: max(r["peak_bytes"] for r in runs) for size, runs in sizes.items()}
+        tokens = {size: runs[0]["bytes"] / itemsize for size, runs in sizes.items()}
+        workers = int(name.split()[-2])
+        more = seconds["all"] - seconds["part"]
+        net = (tokens["all"] - tokens["part"]) / more if more > 0.5 else float("nan")  # too short to tell
         print(
-            f"{name:36}{rate / 1e6:12.3f}{rate / base:12.2f}{rate / base / workers:10.2f}{begin:9.1f}"
-            f"{peaks['part'] / MB:14.0f}{peaks['all'] / MB:8.0f}"
+            f"{name:36}{tokens['all'] / seconds['all'] / 1e6:12.3f}{net / 1e6:8.3f}{net / base:12.2f}"
+            f"{net / base / workers:10.2f}{seconds['all'] - tokens['all'] / net:9.1f}"
+            f"{peaks['part'] / MB:14.0f}{peaks['all'] / MB:6.0f}"
         )
-    sums = {run["sha256"] for runs in results.values() for run in runs["all"]}
+    sums = {run["sha256"] for sizes in results.values() for run in sizes["all"]}
     print(f"ids written by all of them: {'the same bytes' if len(sums) == 1 else 'DIFFERENT'}")
+    return int(tokens["all"])
 
 
-def print_limits(tokens: int, work: Path) -> None:
+def print_limits(tokens: int, num_bytes: int, work: Path) -> None:
     """What the machine allows around the tokenizer: parsing, copying, writing."""
     source = work / "all.jsonl"
     start = time.perf_counter()
     with source.open("rb") as lines:
-        characters = sum(len(orjson.loads(line)["text"]) for line in lines)
+        for line in lines:
+            orjson.loads(line)
     parsing = time.perf_counter() - start
     block = np.ones(64 << 20, np.uint8)
     copies = []
@@ -306,8 +312,8 @@ def print_limits(tokens: int, work: Path) -> None:
     writing = time.perf_counter() - start
     print(
         f"\nlimits of this machine: reading and parsing the lines {tokens / parsing / 1e6:.0f} M tokens/s "
-        f"({characters / parsing / MB:.0f} MB/s of text); copying memory "
-        f"{block.nbytes / min(copies) / GB:.1f} GB/s; writing and syncing 2-byte ids "
+        f"({num_bytes / parsing / MB:.0f} MB/s of text, {num_bytes / tokens:.2f} bytes a token); "
+        f"copying memory {block.nbytes / min(copies) / GB:.1f} GB/s; writing and syncing 2-byte ids "
         f"{block.nbytes / writing / 2 / 1e6:.0f} M tokens/s"
     )
 
@@ -321,6 +327,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", metavar="FILE", help="txt, jsonl or py; default: Python sources")
     parser.add_argument("--megabytes", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="only the whole jobs with this in their name")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -335,11 +342,19 @@ def main() -> None:
     if args.child:
         run_child(args.child)
         return
+    from megatron_tokedit.dataset import best_dtype
+    from megatron_tokedit.tokenizers import load_tokenizer
+
     documents = gather(args)
+    num_bytes = sum(len(document.encode()) for document in documents)
+    print(f"text: {num_bytes / GB:.4f} GB in {len(documents)} documents\n")
+    base = time_encoders(args, documents[::10])
+    itemsize = np.dtype(
+        best_dtype(load_tokenizer("HuggingFaceTokenizer", args.tokenizer).vocab_size)
+    ).itemsize
     with tempfile.TemporaryDirectory() as folder:
-        tokens, base = time_encoders(args, documents)
-        time_jobs(args, documents, tokens, base, Path(folder))
-        print_limits(tokens, Path(folder))
+        tokens = print_jobs(time_jobs(args, documents, Path(folder)), base, itemsize)
+        print_limits(tokens, num_bytes, Path(folder))
 
 
 if __name__ == "__main__":

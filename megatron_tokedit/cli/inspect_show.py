@@ -123,9 +123,9 @@ def _in_bytes(number: float) -> str:
 
 def _origin(manifest: Manifest) -> Iterator[str]:
     """What the manifest says."""
-    inputs = [record.path for record in manifest.inputs]
-    more = f" and {len(inputs) - 3} more" if len(inputs) > 3 else ""
-    yield _line("made from", f"{', '.join(inputs[:3])}{more}; key {manifest.json_key!r}")
+    inputs = ", ".join(record.path for record in manifest.inputs[:3])
+    more = f" and {manifest.num_input_files - 3:,} more" if manifest.num_input_files > 3 else ""
+    yield _line("made from", f"{inputs}{more}; key {manifest.json_key!r}")
     yield _line("tokenizer", _tokenizer_in_words(manifest.tokenizer.model_dump()))
     yield _line("", f"{'with' if manifest.append_eod else 'without'} end-of-document ids")
     if manifest.prior_tokenizer is not None:

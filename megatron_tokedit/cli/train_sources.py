@@ -66,8 +66,9 @@ def _origins(manifest: Manifest, job: PreprocessConfig) -> tuple[dict[str, Any],
     recorded: dict[str, Any] = {"append_eod": manifest.append_eod, "edit": manifest.edit}
     wanted: dict[str, Any] = {"append_eod": job.append_eod, "edit": edit_settings(job) if job.edits else None}
     with suppress(TokeditError):  # the raw text may be gone, the dataset is what counts
-        wanted["input bytes"] = [os.path.getsize(path) for path in expand_inputs(job.input)]
-        recorded["input bytes"] = [record.num_bytes for record in manifest.inputs]
+        paths = expand_inputs(job.input)
+        wanted |= {"input files": len(paths), "input bytes": sum(map(os.path.getsize, paths))}
+        recorded |= {"input files": manifest.num_input_files, "input bytes": manifest.num_input_bytes}
     return recorded, wanted
 
 

@@ -95,7 +95,9 @@ class PreprocessConfig(Section):
 
     unit_documents: PositiveInt | None = None
     unit_bytes: PositiveInt | None = None
-    """Work-unit size; default: a 64th of the input, at least 256 KiB and at most 16 MiB."""
+    """Work-unit size; default: a 64th of the input, at most 16 MiB and at least 256 KiB (4 MiB where nothing
+    is edited).
+    """
     max_bad_lines: NonNegativeInt = 0
     special_tokens_in_text: Literal["encode", "split", "error"] = "encode"
     """Text that spells a control token: ``encode`` makes it that token, as Megatron-LM does, and counts

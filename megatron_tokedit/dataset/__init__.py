@@ -17,6 +17,7 @@ from megatron_tokedit.dataset.manifest import (
     check_compatible,
     read_manifest,
     refuse_existing,
+    shorten_inputs,
     write_manifest,
 )
 from megatron_tokedit.dataset.merge import merge_datasets
@@ -54,6 +55,7 @@ __all__ = [
     "refuse_existing",
     "remove_temporaries",
     "sha256_of_file",
+    "shorten_inputs",
     "undo_dataset",
     "undo_document",
     "verify_dataset",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
 from megatron_tokedit.errors import DataFormatError, TokenizerError
 
 MANIFEST_SUFFIX = ".manifest.json"
+MAX_INPUT_RECORDS = 1000
+"""Input files that a manifest lists one by one."""
 STATISTICS_SUFFIX = ".stats.json"
 DATASET_SUFFIXES = (".bin", ".idx", JOURNAL_SUFFIX, STATISTICS_SUFFIX, MANIFEST_SUFFIX)
 """Of all files that make up a dataset; the last three need not be there."""
@@ -41,6 +44,16 @@ class InputRecord(Section):
     """Size on disk."""
     sha256: str
     num_documents: int
+
+
+class OmittedInputs(Section):
+    """What is left of the input files beyond the first :data:`MAX_INPUT_RECORDS`."""
+
+    num_files: int
+    num_bytes: int
+    num_documents: int
+    sha256: str
+    """SHA-256 (hex) over their records, or, of merged datasets, over those of the parts."""
 
 
 class TokenizerRecord(Section):
@@ -63,7 +76,9 @@ class Manifest(Section):
     versions: dict[str, str]
     """Package -> version, of everything that may change the bytes."""
     inputs: list[InputRecord]
-    """Input files, in order."""
+    """Input files, in order; the first of them where there are many."""
+    omitted_inputs: OmittedInputs | None = None
+    """The other input files."""
     json_key: str
     """The JSON key (or column) the text was taken from."""
     tokenizer: TokenizerRecord
@@ -84,6 +99,44 @@ class Manifest(Section):
     """``num_documents``, ``num_sequences`` and ``num_tokens`` of the dataset, and what else was counted."""
     checksums: dict[str, str]
     """``bin``, ``idx`` and, where there is a journal, ``edits`` -> SHA-256 (hex) of the file."""
+
+    @property
+    def num_input_files(self) -> int:
+        """Input files, the omitted ones included."""
+        return len(self.inputs) + (self.omitted_inputs.num_files if self.omitted_inputs else 0)
+
+    @property
+    def num_input_bytes(self) -> int:
+        """Their size on disk."""
+        omitted = self.omitted_inputs.num_bytes if self.omitted_inputs else 0
+        return sum(record.num_bytes for record in self.inputs) + omitted
+
+
+def shorten_inputs(
+    records: Iterable[InputRecord], omitted: Iterable[OmittedInputs] = ()
+) -> tuple[list[InputRecord], OmittedInputs | None]:
+    """``inputs`` and ``omitted_inputs`` of a manifest, in memory that does not grow with the files.
+
+    Args:
+        records: of all input files, in order.
+        omitted: of the parts that are merged.
+    """
+    kept: list[InputRecord] = []
+    totals = dict.fromkeys(("num_files", "num_bytes", "num_documents"), 0)
+    digest = hashlib.sha256()
+    for record in records:
+        if len(kept) < MAX_INPUT_RECORDS:
+            kept.append(record)
+            continue
+        totals["num_files"] += 1
+        totals["num_bytes"] += record.num_bytes
+        totals["num_documents"] += record.num_documents
+        digest.update(record.model_dump_json().encode() + b"\n")
+    for part in omitted:
+        for name in totals:
+            totals[name] += getattr(part, name)
+        digest.update(part.model_dump_json().encode() + b"\n")
+    return kept, OmittedInputs(**totals, sha256=digest.hexdigest()) if totals["num_files"] else None
 
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_tokedit.dataset.manifest import Manifest
+from megatron_tokedit.dataset.manifest import Manifest, shorten_inputs
 from megatron_tokedit.dataset.writer import DatasetSummary
 from megatron_tokedit.errors import DataFormatError
 
@@ -57,9 +57,14 @@ def merge_manifests(parts: Sequence[Manifest], summary: DatasetSummary, edits_sh
     """
     first = parts[0]
     checksums = {"bin": summary.bin_sha256, "idx": summary.idx_sha256}
+    inputs, omitted = shorten_inputs(
+        (record for part in parts for record in part.inputs),
+        (part.omitted_inputs for part in parts if part.omitted_inputs is not None),
+    )
     changes: dict[str, Any] = {
         "versions": _joined_versions([part.versions for part in parts]),
-        "inputs": [record for part in parts for record in part.inputs],
+        "inputs": inputs,
+        "omitted_inputs": omitted,
         "counts": _added_counts([part.counts for part in parts]) | summary.counts(),
         "checksums": checksums | ({"edits": edits_sha256} if edits_sha256 else {}),
     }

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tokedit.dataset.atomic import AtomicFile, sync_folder
+from megatron_tokedit.dataset.atomic import AtomicFile, sha256_of_file, sync_folder
 from megatron_tokedit.dataset.format import IndexHeader, supported_dtype
 from megatron_tokedit.errors import DataFormatError
 
@@ -132,11 +132,17 @@ class IndexedDatasetWriter:
 
 
 def commit_pair(bin_file: AtomicFile, idx_file: AtomicFile) -> None:
-    """Give a ``.bin`` and its ``.idx`` their names; no ``.idx`` ever stands beside another's ``.bin``."""
+    """Give a ``.bin`` and its ``.idx`` their names; no ``.idx`` ever stands beside another's ``.bin``.
+
+    An equal ``.idx`` that is there already (another process did the same work) is never taken away: it fits
+    the ``.bin`` before and after.
+    """
     bin_file.seal()
     idx_file.seal()
-    Path(idx_file.path).unlink(missing_ok=True)
-    sync_folder(idx_file.path)
+    there = Path(idx_file.path)
+    if there.exists() and sha256_of_file(idx_file.path) != idx_file.sha256:
+        there.unlink(missing_ok=True)
+        sync_folder(idx_file.path)
     bin_file.commit()
     idx_file.commit()
 

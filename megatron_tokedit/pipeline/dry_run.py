@@ -21,12 +21,11 @@ from megatron_tokedit.errors import PlanError, TokeditError
 from megatron_tokedit.pipeline.estimate import estimate
 from megatron_tokedit.pipeline.job import refuse_overwriting, setting_warnings
 from megatron_tokedit.pipeline.merge import is_complete
-from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changes
+from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, recorded_prior_files, refuse_changes
 from megatron_tokedit.pipeline.resources import (
     JobTokenizers,
     PriorPlan,
     find_prior,
-    known_prior_files,
     load_tokenizers,
 )
 from megatron_tokedit.pipeline.results import check_bad_lines
@@ -81,7 +80,8 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
     if tokenizers is not None:
         found = tokenizers
         report.lines += _describe_tokenizers(tokenizers)
-        prior = report.attempt(lambda: find_prior(config, found.text, known=known_prior_files(workdir.plan)))
+        known = recorded_prior_files(workdir.plan) if config.edits and not restart else None
+        prior = report.attempt(lambda: find_prior(config, found.text, known=known))
         plan = report.attempt(lambda: make_plan(config, found, prior, recorded))
         report.lines += _describe(config, prior, plan)
     if plan is not None and tokenizers is not None:

@@ -23,14 +23,20 @@ from megatron_tokedit.errors import ConfigError, PlanError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.pipeline.merge import clean_up, is_complete, merge
 from megatron_tokedit.pipeline.method import useless_sampler
-from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, refuse_changed_files, refuse_changes
+from megatron_tokedit.pipeline.plan import (
+    Plan,
+    load_plan,
+    make_plan,
+    recorded_prior_files,
+    refuse_changed_files,
+    refuse_changes,
+)
 from megatron_tokedit.pipeline.progress import LogProgress, Progress
 from megatron_tokedit.pipeline.report import remarks
 from megatron_tokedit.pipeline.resources import (
     JobTokenizers,
     PriorPlan,
     find_prior,
-    known_prior_files,
     load_tokenizers,
 )
 from megatron_tokedit.pipeline.results import Totals, UnitResult, check_bad_lines, check_devices
@@ -87,7 +93,7 @@ def run(
     for warning in setting_warnings(config):
         logger.warning("%s", warning)
     tokenizers = load_tokenizers(config)
-    known = None if restart else known_prior_files(workdir.plan)
+    known = recorded_prior_files(workdir.plan) if config.edits and not restart else None
     prior = find_prior(config, tokenizers.text, only_merges=stage == "merge", known=known)
     prefixes = {name: workdir.output(name) for key in config.json_keys for name in config.dataset_names(key)}
     if restart and world_size > 1:
@@ -191,7 +197,13 @@ def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Pro
         return
     config, prior = job.config, job.prior
     workers = count_workers(config, prior, len(pending))
-    logger.info("%d work units to do, %d done before; workers: %d", len(pending), len(finished), workers)
+    logger.info(
+        "%d work units to do, %d done before; workers: %d; text encoded by %s",
+        len(pending),
+        len(finished),
+        workers,
+        job.tokenizers.text.encoder,
+    )
     bad_lines, examples = 0, list[str]()
     for unit in finished:
         result = UnitResult.load(job.workdir.unit_marker(unit.unit_id))

@@ -27,6 +27,7 @@ from megatron_tokedit.dataset import (
     merge_datasets,
     merge_journals,
     remove_temporaries,
+    shorten_inputs,
     write_manifest,
 )
 from megatron_tokedit.edit.statistics import EditStatistics
@@ -91,7 +92,7 @@ def is_complete(config: PreprocessConfig, workdir: WorkDir, plan: Plan) -> bool:
 
 def clean_up(config: PreprocessConfig, workdir: WorkDir) -> None:
     """Remove what a merge left that was killed. Only for the holder of the units' lock."""
-    for path in (*output_files(config, workdir), str(workdir.complete)):
+    for path in (*output_files(config, workdir), str(workdir.complete), str(workdir.plan)):
         remove_temporaries(path)
 
 
@@ -132,18 +133,20 @@ def _manifest(
     """The manifest of one dataset, given as JSON key, name and generation."""
     key, name, generation = dataset
     written = tokenizers.written
+    inputs, omitted = shorten_inputs(
+        InputRecord(
+            path=file.path,
+            format=file.format,
+            num_bytes=file.num_bytes,
+            sha256=file.sha256,
+            num_documents=file.num_documents,
+        )
+        for file in plan.inputs
+    )
     return Manifest(
         versions=_versions(prior is not None),
-        inputs=[
-            InputRecord(
-                path=file.path,
-                format=file.format,
-                num_bytes=file.num_bytes,
-                sha256=file.sha256,
-                num_documents=file.num_documents,
-            )
-            for file in plan.inputs
-        ],
+        inputs=inputs,
+        omitted_inputs=omitted,
         json_key=key,
         tokenizer=TokenizerRecord(**tokenizer_spec(written)),
         prior_tokenizer=TokenizerRecord(**tokenizer_spec(tokenizers.text)) if tokenizers.output else None,

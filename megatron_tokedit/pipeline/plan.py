@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -29,10 +29,15 @@ from megatron_tokedit.pipeline.method import edit_settings
 from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan
 from megatron_tokedit.tokenizers import Tokenizer
 
+if TYPE_CHECKING:
+    from megatron_tokedit.scoring.identity import PriorFiles
+
 FORMAT_VERSION = 2
 GROUP_BYTES = 512 << 10
 """Documents of a unit are tokenized and scored in groups of about so many bytes of text."""
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES, _UNITS_AIMED_AT = 256 << 10, 16 << 20, 64
+_MIN_PLAIN_UNIT_BYTES = 4 << 20
+"""Where nothing is edited a unit takes milliseconds, and a small one would mostly wait for the disk."""
 _MAX_DIFFERENCES_SHOWN = 12
 
 
@@ -142,6 +147,21 @@ def load_plan(path: Path) -> Plan | None:
         raise PlanError(
             f"{path}: not a plan of this version ({error!r}); --restart discards it and what was done"
         ) from error
+
+
+def recorded_prior_files(path: Path) -> PriorFiles | None:
+    """The prior's files as a recorded plan knows them, without reading the whole plan; None: no record."""
+    from megatron_tokedit.scoring.identity import PriorFiles
+
+    try:
+        with path.open("rb") as lines:
+            next(lines)
+            for name in ("format_version", "settings"):
+                _read_field(lines, name)
+            fields = _read_field(lines, "prior_files")
+        return PriorFiles.from_json(fields) if fields else None
+    except (OSError, StopIteration, ValueError, KeyError, TypeError):  # load_plan says what is wrong
+        return None
 
 
 def _share_strings(fields: dict[str, Any]) -> None:
@@ -278,7 +298,8 @@ def _unit_size(config: PreprocessConfig, input_bytes: int) -> dict[str, int]:
     """The unit size as given, or one that depends on the input alone."""
     if config.unit_documents is not None:
         return {"documents": config.unit_documents}
-    default = min(max(input_bytes // _UNITS_AIMED_AT, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
+    smallest = _MIN_UNIT_BYTES if config.edits else _MIN_PLAIN_UNIT_BYTES
+    default = min(max(input_bytes // _UNITS_AIMED_AT, smallest), _MAX_UNIT_BYTES)
     return {"bytes": config.unit_bytes or default}
 
 

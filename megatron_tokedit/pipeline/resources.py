@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.errors import TokenizerError
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
@@ -108,17 +106,6 @@ def load_tokenizers(config: PreprocessConfig) -> JobTokenizers:
             "leave --output-tokenizer-type and --output-tokenizer-model out"
         )
     return JobTokenizers(text, output)
-
-
-def known_prior_files(plan_path: Path) -> PriorFiles | None:
-    """The prior's files as a recorded plan knows them; None where there is no usable record."""
-    from megatron_tokedit.scoring.identity import PriorFiles
-
-    try:
-        recorded = orjson.loads(plan_path.read_bytes()).get("prior_files")
-        return PriorFiles.from_json(recorded) if recorded else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def find_prior(

@@ -11,8 +11,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
@@ -194,6 +195,12 @@ class UnitWorker:
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far.
+
+    On Linux not of getrusage, which remembers what the parent held when it started this process.
+    """
+    with suppress(OSError, IndexError, ValueError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -24,6 +24,7 @@ from megatron_tokedit.dataset import (
     check_compatible,
     read_manifest,
     sha256_of_file,
+    shorten_inputs,
     verify_dataset,
     write_manifest,
 )
@@ -250,3 +251,19 @@ def test_killed_at_any_moment_there_is_no_index_beside_another_s_bin(tmp_path: P
             expected = 7 if sha256_of_file(f"{prefix}.bin") == old else 2
             assert verify_dataset(prefix).num_tokens == expected
     assert steps > 5
+
+
+def test_many_input_files_are_listed_in_bounded_memory():
+    def record(index):
+        return InputRecord(
+            path=f"{index}.jsonl", format="jsonl", num_bytes=index, sha256=f"{index:064x}", num_documents=2
+        )
+
+    kept, omitted = shorten_inputs(record(index) for index in range(1003))
+    assert [entry.num_bytes for entry in kept] == list(range(1000))
+    assert (omitted.num_files, omitted.num_bytes, omitted.num_documents) == (3, 1000 + 1001 + 1002, 6)
+    others = [record(index) for index in range(1000)] + [record(5)] * 3
+    assert shorten_inputs(others)[1].sha256 != omitted.sha256
+    kept, both = shorten_inputs([record(1)], [omitted, omitted])
+    assert (len(kept), both.num_files, both.num_documents) == (1, 6, 12)
+    assert shorten_inputs([record(1)]) == ([record(1)], None)

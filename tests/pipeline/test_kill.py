@@ -242,15 +242,21 @@ def test_killed_at_random_times_while_editing(edit_case: Case, seed: int) -> Non
 
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [3, 4])
-def test_killed_very_often(none_case: Case, edit_case: Case, seed: int) -> None:
-    kill_at_random_times(none_case, seed, 60)
-    kill_at_random_times(edit_case, seed, 60)
+@pytest.mark.parametrize("seed", [3])
+def test_killed_a_hundred_times(none_case: Case, seed: int) -> None:
+    kill_at_random_times(none_case, seed, 100)
 
 
-def kill_before_every_step(case: Case, stride: int, *flags: str) -> int:
-    """Kill a job before its first, or n-th, step on the file system, the next before the one after ..."""
-    for step in itertools.count(1, stride):
+@pytest.mark.stress
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [4])
+def test_killed_a_hundred_times_while_editing(edit_case: Case, seed: int) -> None:
+    kill_at_random_times(edit_case, seed, 100)
+
+
+def kill_before_every_step(case: Case, *flags: str) -> int:
+    """Kill a job before its first step on the file system, the next one before its second ..."""
+    for step in itertools.count(1):
         name = f"step{step}"
         job = case.start(name, *flags, kill_at_step=step)
         if job.wait() == 0:
@@ -258,10 +264,7 @@ def kill_before_every_step(case: Case, stride: int, *flags: str) -> int:
             return step
         assert job.returncode == -signal.SIGKILL, job.log.read_text()
         case.check_outputs(name)
-        before = case.finished(name)
-        again = case.start(name, *flags)
-        again.finish()
-        assert "units to do" not in again.log.read_text() or before.keys() >= case.finished(name).keys()
+        case.start(name, *flags).finish()
         case.check_end(name)
     raise AssertionError
 
@@ -269,12 +272,13 @@ def kill_before_every_step(case: Case, stride: int, *flags: str) -> int:
 def test_killed_before_every_step_on_the_file_system(server: ForkServer, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl", num_documents=4)
     case = Case(server, tmp_path, ["--edit-strategy", "none", "--unit-documents", "4"], MERGED)
-    assert kill_before_every_step(case, 1) > 20
+    assert kill_before_every_step(case) > 20
 
 
 @pytest.mark.stress
+@pytest.mark.timeout(1800)
 def test_killed_before_every_step_on_the_file_system_while_editing(edit_case: Case) -> None:
-    assert kill_before_every_step(edit_case, 1, "--workers", "1") > 100
+    assert kill_before_every_step(edit_case, "--workers", "1") > 100
 
 
 def test_a_second_process_on_a_unit_that_is_killed_leaves_the_first_ones_work(
