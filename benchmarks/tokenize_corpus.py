@@ -1,6 +1,6 @@
 """Turning text into a dataset: our pipeline without editing, the tokenizer library alone, Megatron-LM's loop.
 
-    python benchmarks/tokenize_corpus.py --tokenizer PATH                # sources of this Python's packages
+    python benchmarks/tokenize_corpus.py                # sources of this Python's packages, a small tokenizer
     python benchmarks/tokenize_corpus.py --tokenizer PATH --text a.txt b.jsonl --rounds 3
     python benchmarks/tokenize_corpus.py --tokenizer PATH --megabytes 300 --only gigatoken --workers 1
 
@@ -42,6 +42,7 @@ import psutil
 
 DOCUMENT_CHARACTERS = 2000
 GROUP_CHARACTERS = 512 << 10
+VOCAB_SIZE = 32000
 MB, GB = 1e6, 1e9
 
 
@@ -323,17 +324,40 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer (GPT-2's for the reference)")
+    parser.add_argument(
+        "--tokenizer",
+        help="a Hugging Face tokenizer's folder (GPT-2's for the reference)",
+    )
     parser.add_argument("--text", nargs="+", metavar="FILE", help="txt, jsonl or py; default: Python sources")
     parser.add_argument("--megabytes", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="only the whole jobs with this in their name")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if not args.child and not args.tokenizer:
-        parser.error("--tokenizer is needed")
-    return args
+    return parser.parse_args()
+
+
+def train_tokenizer(documents: list[str], folder: Path) -> str:
+    """A byte-level BPE of GPT-2's kind, for a machine that has none at hand."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    folder.mkdir()
+    bpe.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config))
+    return str(folder)
 
 
 def main() -> None:
@@ -348,11 +372,14 @@ def main() -> None:
     documents = gather(args)
     num_bytes = sum(len(document.encode()) for document in documents)
     print(f"text: {num_bytes / GB:.4f} GB in {len(documents)} documents\n")
-    base = time_encoders(args, documents[::10])
-    itemsize = np.dtype(
-        best_dtype(load_tokenizer("HuggingFaceTokenizer", args.tokenizer).vocab_size)
-    ).itemsize
     with tempfile.TemporaryDirectory() as folder:
+        if not args.tokenizer:
+            args.tokenizer = train_tokenizer(documents[::10], Path(folder) / "tokenizer")
+            print(f"tokenizer: a byte-level BPE of {VOCAB_SIZE} ids, trained on a tenth of the text\n")
+        base = time_encoders(args, documents[::10])
+        itemsize = np.dtype(
+            best_dtype(load_tokenizer("HuggingFaceTokenizer", args.tokenizer).vocab_size)
+        ).itemsize
         tokens = print_jobs(time_jobs(args, documents, Path(folder)), base, itemsize)
         print_limits(tokens, num_bytes, Path(folder))
 
