@@ -74,8 +74,10 @@ def merge(arguments: argparse.Namespace) -> None:
             output, merge_manifests([with_manifest[part] for part in parts], summary, edits_sha256)
         )
     if not arguments.quiet:
+        written = {".edits": edits_sha256, STATISTICS_SUFFIX: statistics, ".manifest.json": not bare}
+        others = "".join(f", {suffix}" for suffix, there in written.items() if there)
         print(
-            f"{output}.bin, .idx{', .edits' if edits_sha256 else ''}: {len(parts)} parts, "
+            f"{output}.bin, .idx{others}: {len(parts)} parts, "
             f"{summary.num_documents:,} documents, {summary.num_tokens:,} tokens"
         )
 

@@ -202,7 +202,7 @@ def _rule_in_words(rule: Mapping[str, Any]) -> str:
 
 def _counts_in_words(counts: Mapping[str, int]) -> Iterator[str]:
     """What the job counted, with shares."""
-    tokens = counts.get("num_scored_tokens", 0)
+    tokens = counts.get("num_tokens_in", 0)
     read = counts.get("num_documents_in")
     if read is not None:
         lost = {
@@ -215,7 +215,7 @@ def _counts_in_words(counts: Mapping[str, int]) -> Iterator[str]:
     if tokens:
         for word in ("eligible", "resampled", "changed", "dropped"):
             number = counts.get(f"num_{word}_tokens", 0)
-            yield f"{number:>13,} {word:10}{number / tokens:8.2%} of {tokens:,} scored tokens"
+            yield f"{number:>13,} {word:10}{number / tokens:8.2%} of {tokens:,} tokens that came in"
 
 
 def _lengths(dataset: IndexedDataset, on: Screen) -> Iterator[str]:

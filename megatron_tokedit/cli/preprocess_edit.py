@@ -24,6 +24,9 @@ Tokenize a corpus, let a prior language model edit its over-confident tokens (To
 write Megatron's PREFIX_KEY_document.bin and .idx with a manifest, statistics and an edit journal beside them.
 Killed or stopped, the same command goes on where it was; --workers changes no byte of the output."""
 
+_MANY_DOCUMENTS = 100_000
+"""From here on the bar counts in thousands and millions."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
@@ -65,7 +68,12 @@ def _add_corpus_arguments(group: argparse._ArgumentGroup) -> None:
         help="processes (default: usable cores / --prior-threads; 1 with a prior on a GPU); changes no byte",
     )
     group.add_argument("--seed", type=int, metavar="N", help="default: 1234")
-    group.add_argument("--log-interval", type=int, metavar="N", help="documents a log line (default: 1000)")
+    group.add_argument(
+        "--log-interval",
+        type=int,
+        metavar="N",
+        help="documents a log line (default: 1000), at most a line a second",
+    )
 
 
 def _add_edit_arguments(group: argparse._ArgumentGroup) -> None:
@@ -194,21 +202,25 @@ def _dry_run(config: PreprocessConfig, restart: bool) -> int:
 
 def _print_result(result: Result) -> None:
     """A few lines for each dataset."""
+    names = ", ".join(result.prefixes.values())
+    if result.totals is None and result.outcome == "edited":
+        print(f"edited: this process's units are done; the merge that writes {names} is still to come")
+        return
     if result.totals is None:
-        print(f"{result.outcome}: {', '.join(result.prefixes.values())}")
+        print(f"{result.outcome}: {names}")
         return
     for key, prefix in result.prefixes.items():
         counts = result.totals.keys[key]
-        print(f"{prefix}.bin, .idx: {counts.documents} documents, {counts.tokens} tokens")
+        print(f"{prefix}.bin, .idx: {counts.documents:,} documents, {counts.tokens:,} tokens")
         if (edit := counts.edit) is not None:
             print(
-                f"  eligible {edit.eligible} of {edit.tokens} tokens "
-                f"({edit.eligible / max(edit.tokens, 1):.2%}); changed {edit.changed} "
+                f"  eligible {edit.eligible:,} of {edit.tokens:,} tokens "
+                f"({edit.eligible / max(edit.tokens, 1):.2%}); changed {edit.changed:,} "
                 f"({edit.changed / max(edit.eligible, 1):.2%} of eligible); "
-                f"dropped {edit.dropped}; perplexity {edit.perplexity or float('nan'):.2f}"
+                f"dropped {edit.dropped:,}; perplexity {edit.perplexity or float('nan'):.2f}"
             )
             if edit.undone:
-                print(f"  undone {edit.undone} edits that would have made invalid UTF-8")
+                print(f"  undone {edit.undone:,} edits that would have made invalid UTF-8")
 
 
 class BarProgress:
@@ -220,7 +232,12 @@ class BarProgress:
 
     def start(self, total_documents: int, done_documents: int) -> None:
         """Show the bar."""
-        self._bar = tqdm(total=total_documents, initial=done_documents, unit="doc", unit_scale=True)
+        self._bar = tqdm(
+            total=total_documents,
+            initial=done_documents,
+            unit="doc",
+            unit_scale=total_documents >= _MANY_DOCUMENTS,
+        )
 
     def advance(self, documents: int, tokens: int) -> None:
         """Move the bar."""

@@ -63,13 +63,35 @@ def _origins(manifest: Manifest, job: PreprocessConfig) -> tuple[dict[str, Any],
     from megatron_tokedit.corpus import expand_inputs
     from megatron_tokedit.pipeline.method import edit_settings
 
-    recorded: dict[str, Any] = {"append_eod": manifest.append_eod, "edit": manifest.edit}
-    wanted: dict[str, Any] = {"append_eod": job.append_eod, "edit": edit_settings(job) if job.edits else None}
+    names = ("append_eod", "special_tokens_in_text")
+    recorded: dict[str, Any] = {name: getattr(manifest, name) for name in names} | {"edit": manifest.edit}
+    wanted: dict[str, Any] = {name: getattr(job, name) for name in names}
+    wanted["edit"] = edit_settings(job) if job.edits else None
     with suppress(TokeditError):  # the raw text may be gone, the dataset is what counts
         paths = expand_inputs(job.input)
         wanted |= {"input files": len(paths), "input bytes": sum(map(os.path.getsize, paths))}
         recorded |= {"input files": manifest.num_input_files, "input bytes": manifest.num_input_bytes}
+    if manifest.prior is not None and job.edits:
+        recorded["prior"], wanted["prior"] = _priors(manifest.prior, job)
     return recorded, wanted
+
+
+def _priors(recorded: dict[str, Any], job: PreprocessConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recorded prior and the configured one, as far as both are known.
+
+    The weights of a folder are read only where it is another than the recorded one; one that is gone is
+    taken for the recorded one, the dataset is what counts.
+    """
+    old: dict[str, Any] = {"dtype": recorded.get("dtype")}
+    new: dict[str, Any] = {"dtype": job.prior_dtype}
+    if job.prior is None or os.path.realpath(job.prior) == os.path.realpath(str(recorded.get("path"))):
+        return old, new
+    from megatron_tokedit.scoring.load import identify_prior
+
+    with suppress(TokeditError):
+        if identify_prior(job.prior, job.prior_backend).fingerprint != recorded.get("fingerprint"):
+            old["path"], new["path"] = recorded.get("path"), job.prior
+    return old, new
 
 
 def prepare_sources(config: RunConfig) -> None:

@@ -206,7 +206,9 @@ def preprocess_config(settings: Mapping[str, Any], *, origin: str = "preprocess"
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if "edit_config" in given:
+        path = given["edit_config"]
         given = _with_edit_file(given, origin)
+        origin = f"{origin} with edit_config {path}"
     try:
         config = PreprocessConfig.model_validate(given, strict=True)
     except ValidationError as error:

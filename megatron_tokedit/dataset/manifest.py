@@ -86,6 +86,8 @@ class Manifest(Section):
     """The prior's tokenizer, where it differs: the edited text was decoded with it and encoded again."""
     append_eod: bool
     """Whether every document ends with the tokenizer's end-of-document id."""
+    special_tokens_in_text: str = "encode"
+    """What became of text that spells a control token: ``encode``, ``split``; ``error``: there was none."""
     dtype: str
     """``uint16`` or ``int32``."""
     seed: int | None = None

@@ -6,7 +6,7 @@ the size or the number of the parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,15 @@ _COPY_BYTES = 8 << 20
 _CHUNK_ITEMS = 1 << 20
 
 
-def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> DatasetSummary:
+def merge_datasets(
+    prefixes: Sequence[str], output_prefix: str, *, on_part: Callable[[str], None] | None = None
+) -> DatasetSummary:
     """Write the documents of all parts, in order, as one dataset.
+
+    Args:
+        prefixes: of the parts.
+        output_prefix: of the new dataset.
+        on_part: told the prefix of each part before its ``.bin`` is copied; may raise to refuse it.
 
     Raises:
         DataFormatError: no part is given, a part is missing or damaged, parts differ in dtype, or the output
@@ -33,6 +40,8 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> DatasetSummar
     num_tokens = 0
     with AtomicFile(f"{output_prefix}.bin") as bin_file, AtomicFile(f"{output_prefix}.idx") as idx_file:
         for prefix in prefixes:
+            if on_part is not None:
+                on_part(prefix)
             num_tokens += _copy_tokens(IndexedDataset(prefix), bin_file)
         idx_file.write(header.pack())
         for lengths in _length_chunks(prefixes):

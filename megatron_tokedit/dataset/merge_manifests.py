@@ -14,7 +14,7 @@ from megatron_tokedit.dataset.manifest import Manifest, shorten_inputs
 from megatron_tokedit.dataset.writer import DatasetSummary
 from megatron_tokedit.errors import DataFormatError
 
-_SHARED_FIELDS = ("format_version", "json_key", "append_eod", "dtype")
+_SHARED_FIELDS = ("format_version", "json_key", "append_eod", "special_tokens_in_text", "dtype")
 _EDIT_FIELDS = ("edit", "seed", "prior", "prior_tokenizer")
 
 

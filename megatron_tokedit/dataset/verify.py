@@ -35,6 +35,7 @@ _COUNT_OF_STATISTIC = {
     ("documents", "out"): "num_documents",
     ("sequences",): "num_sequences",
     ("tokens",): "num_tokens",
+    ("edit", "tokens"): "num_tokens_in",
     ("edit", "scored"): "num_scored_tokens",
     ("edit", "eligible"): "num_eligible_tokens",
     ("edit", "resampled"): "num_resampled_tokens",

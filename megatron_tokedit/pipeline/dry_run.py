@@ -86,12 +86,13 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
         report.lines += _describe(config, prior, plan)
     if plan is not None and tokenizers is not None:
         planned, workers = plan, count_workers(config, prior, len(plan.units))
+        if recorded is not None:
+            report.attempt(lambda: refuse_changes(recorded, planned, workdir.plan))
         report.attempt(lambda: _check_first_documents(config, planned))
         if not report.problems:
             report.lines += report.attempt(lambda: estimate(config, found, prior, planned, workers)) or []
     report.attempt(lambda: _check_output(config, workdir))
     if plan is not None and recorded is not None and not report.problems:
-        report.attempt(lambda: refuse_changes(recorded, plan, workdir.plan))
         report.lines.append(_state(config, plan, workdir))
     elif not restart and recorded is None:
         report.attempt(lambda: refuse_overwriting(config, workdir))
@@ -126,15 +127,16 @@ def _describe(config: PreprocessConfig, prior: PriorPlan | None, plan: Plan | No
         lines += _describe_edit(plan)
     if plan is not None:
         for file in plan.inputs[:_SHOWN_FILES]:
-            counts = f"{file.num_documents} documents, {file.num_bytes} bytes"
+            counts = f"{file.num_documents:,} documents, {file.num_bytes:,} bytes"
             lines.append(f"input       {file.path}: {counts}, {file.format}")
         if len(plan.inputs) > _SHOWN_FILES:
             lines.append(f"input       ... {len(plan.inputs)} files in all")
         text_bytes = sum(unit.num_bytes for unit in plan.units)
         workers = count_workers(config, prior, len(plan.units))
         lines.append(
-            f"work        {len(plan.units)} units, {plan.num_documents} documents, {text_bytes} bytes of "
-            f"input, {workers} worker{'s' if workers > 1 else ''}"
+            f"work        {len(plan.units):,} unit{'s' if len(plan.units) > 1 else ''}, "
+            f"{plan.num_documents:,} documents, {text_bytes:,} bytes of input, "
+            f"{workers} worker{'s' if workers > 1 else ''}"
         )
     suffixes = [suffix.removeprefix(".") for suffix in OUTPUT_SUFFIXES]
     for key in config.json_keys:
@@ -147,13 +149,14 @@ def _describe(config: PreprocessConfig, prior: PriorPlan | None, plan: Plan | No
 def _describe_edit(plan: Plan | None) -> list[str]:
     """The edit settings of a plan, and its rules one by one."""
     settings = dict(plan.settings["edit"]) if plan is not None else {}
+    settings.pop("generation", None)  # the last one: the same number as generations
     signs = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
     rules = [
         f"{rule['action']} where "
         + " and ".join(f"p {signs[name]} {bound}" for name, bound in rule.items() if name != "action")
         for rule in settings.pop("rules", [])
     ]
-    shown = [f"{name} {value}" for name, value in settings.items() if value is not None]
+    shown = [f"{name} {value}" for name, value in settings.items() if value not in (None, False)]
     return [f"rule        {rule}" for rule in rules] + ([f"edit        {', '.join(shown)}"] if shown else [])
 
 

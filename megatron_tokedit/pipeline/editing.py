@@ -6,7 +6,7 @@ document); what a journal records is always against the original.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,7 +28,8 @@ from megatron_tokedit.pipeline.results import Stopwatch
 from megatron_tokedit.scoring.base import TokenScores
 
 Changes = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], npt.NDArray[np.integer]]
-OnGeneration = Callable[[int, Callable[[], list["Lineage | None"]]], None]
+Step = Callable[[], list["Lineage | None"]]
+OnGeneration = Callable[[int, Step], None]
 NO_CHANGES: Changes = (np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))
 
 
@@ -49,6 +50,8 @@ class GroupEditor:
         self._editors = [make_editor(config, tokenizers.text, generation) for generation in generations]
         self._scorer = load_prior(prior)
         self._request = candidate_request(self._editors[0].method, tokenizers.text, self._scorer.vocab_size)
+        is_open = self._request.nucleus is not None and self._request.num_candidates is None
+        self._slice_tokens = prior.options.batch_tokens if is_open else None
 
     def edit(
         self,
@@ -81,14 +84,38 @@ class GroupEditor:
         ]
         keys = [document_key(texts) for texts in encoded.texts]
         for index in range(len(self._editors)):
-            with stopwatch.timed("score"):
-                scores = self._score(group.documents, lineages, on_batch)
-            step = partial(self._apply, index, lineages, scores, keys, statistics[index], stopwatch)
+            steps: list[Step] = []
+            for part in self._slices(lineages):
+                with stopwatch.timed("score"):
+                    scores = self._score(group.documents[part], lineages[part], on_batch)
+                steps.append(
+                    partial(
+                        self._apply, index, lineages[part], scores, keys[part], statistics[index], stopwatch
+                    )
+                )
+                if self._slice_tokens is not None:
+                    steps[-1] = partial(list, steps[-1]())  # now, to be rid of the candidates
             if index + 1 < len(self._editors):
-                lineages = step()
+                lineages = _in_order(steps)
                 on_generation(index, partial(list, lineages))
             else:
-                on_generation(index, step)
+                on_generation(index, partial(_in_order, steps))
+
+    def _slices(self, lineages: Sequence[Lineage | None]) -> Iterator[slice]:
+        """The documents that are scored in one call: all, but for a nucleus without a bound.
+
+        There a token may have as many candidates as the vocabulary has ids, and those of a whole group would
+        take gigabytes; a slice ends with the document that reaches ``batch_tokens``.
+        """
+        if self._slice_tokens is None:
+            yield slice(0, len(lineages))
+            return
+        begin = num_tokens = 0
+        for end, lineage in enumerate(lineages, 1):
+            num_tokens += sum(map(len, lineage.sequences)) if lineage else 0
+            if num_tokens >= self._slice_tokens or end == len(lineages):
+                yield slice(begin, end)
+                begin, num_tokens = end, 0
 
     def _score(
         self,
@@ -135,6 +162,11 @@ class GroupEditor:
         return results
 
 
+def _in_order(steps: Sequence[Step]) -> list[Lineage | None]:
+    """The documents of all slices."""
+    return [lineage for step in steps for lineage in step()]
+
+
 class Reencoder:
     """From an edited document to what is written of it, and what the journal says.
 
@@ -146,23 +178,34 @@ class Reencoder:
     def __init__(self, config: PreprocessConfig, tokenizers: JobTokenizers) -> None:
         self._tokenizers = tokenizers
         self._decodes_all = config.output_round_trip == "decoded"
+        self._control_ids = np.array(sorted(tokenizers.written.spellable_ids), np.int32)
 
-    def written(self, encoded: EncodedKey, index: int, lineage: Lineage | None) -> tuple[Sequences, Changes]:
-        """The sequences to write of a document of a group, and the journal's entries against the original."""
+    def written(
+        self, encoded: EncodedKey, index: int, lineage: Lineage | None
+    ) -> tuple[Sequences, Changes, bool]:
+        """The sequences to write of a document of a group, and the journal's entries against the original.
+
+        Edits that cannot be written are not: where a sequence would vanish, or where the edited text spells
+        more control tokens than the original does. The last value says that this is so.
+        """
         original = encoded.originals[index]
         if lineage is None:
-            return original, NO_CHANGES
+            return original, NO_CHANGES, False
         positions_N, ids_N, dropped_N = lineage.changes()
         output = self._tokenizers.output
         if output is None:
-            return lineage.sequences, (positions_N, ids_N, np.where(dropped_N, DROPPED, CHANGED))
-        if not len(positions_N) and not self._decodes_all:
-            return original, NO_CHANGES
+            return lineage.sequences, (positions_N, ids_N, np.where(dropped_N, DROPPED, CHANGED)), False
+        if not original or not (len(positions_N) or self._decodes_all):
+            return original, NO_CHANGES, False
         texts = [self._tokenizers.text.decode(ids) for ids in lineage.sequences]
         sequences = [ids for ids in output.encode_batch(texts) if len(ids)]
-        if len(sequences) != len(original):  # a sequence came out empty; it would vanish
-            return original, NO_CHANGES
-        return sequences, _align_sequences(original, sequences)
+        if len(sequences) != len(original) or self._num_control(sequences) > self._num_control(original):
+            return original, NO_CHANGES, True
+        return sequences, _align_sequences(original, sequences), False
+
+    def _num_control(self, sequences: Sequences) -> int:
+        """Control ids that a text can spell."""
+        return sum(int(np.isin(ids, self._control_ids).sum()) for ids in sequences)
 
 
 def _align_sequences(original: Sequences, edited: Sequences) -> Changes:

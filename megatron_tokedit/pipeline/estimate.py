@@ -1,97 +1,143 @@
 """What a job will cost, from a small sample, before anything is spent.
 
-Documents of a few units, spread over the input, are tokenized, scored and edited; tokens, time, device-hours,
-memory and output size of the whole input follow by proportion. Invariant: nothing is written, and what was
-measured is told apart from what was extrapolated.
+Documents of a few units, spread over the input, are read and tokenized as the job does it, scored and edited;
+tokens, time, device-hours, memory and output size of the whole input follow by proportion. Invariant: nothing
+is written, and what was measured is told apart from what was extrapolated.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.corpus import WorkUnit, read_unit
+from megatron_tokedit.corpus import BadLine, WorkUnit, read_unit
 from megatron_tokedit.dataset import best_dtype
 from megatron_tokedit.edit.editor import Candidates
 from megatron_tokedit.edit.random import document_key
 from megatron_tokedit.edit.statistics import EditStatistics
+from megatron_tokedit.pipeline.groups import EncodedKey, Fate, GroupReader, Sequences, spelling
 from megatron_tokedit.pipeline.method import candidate_request, make_editor
 from megatron_tokedit.pipeline.placement import usable_bytes
 from megatron_tokedit.pipeline.plan import Plan
 from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, load_prior
-from megatron_tokedit.tokenizers import Tokenizer, encode_documents
+from megatron_tokedit.pipeline.results import Stopwatch, UnitResult, count
+from megatron_tokedit.tokenizers import Tokenizer
 
 _SAMPLE_UNITS = 8
-_SAMPLE_BYTES = 256 << 10
-"""Text of the sample that is tokenized."""
+"""Units, spread over the input, whose first group of documents is the sample."""
+_MEASURED_BYTES = 16 << 20
+"""Text of each of them that is read to tell text from markup."""
 _FIRST_TOKENS = 1024
 _SECONDS = 10.0
 """How long the prior may score."""
 _LARGE_CPU_PRIOR_BYTES = 8 << 30
 _DEVICES = 8
+_JOURNAL_ENTRY_BYTES = 7
+"""A changed or dropped token in ``.edits``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sample:
     """Some documents, and what they say of the whole input.
 
     Attributes:
-        texts: the strings of each document.
+        texts: the strings of each document that is to be edited.
         sequences: their ids.
-        num_tokens: estimate for the whole input, one key, end-of-document ids apart.
-        tokens_per_second: of the tokenizer, on one core.
+        text_bytes: of the sample, all keys.
+        num_tokens: of the sample, in the ids of the tokenizer that reads the text; end-of-document ids apart.
+        num_written: the same of the ids that are written.
+        num_documents: of the sample, a key.
+        num_failed: of these, which the prior's tokenizer does not give back exactly.
+        spelled: control id, as a string -> how often the sample's text spells it.
+        seconds: of reading and tokenizing, on one core.
+        input_text_bytes: estimate for the whole input.
     """
 
-    texts: list[list[str]]
-    sequences: list[list[npt.NDArray[np.int32]]]
-    num_tokens: int
-    tokens_per_second: float
+    texts: list[list[str]] = field(default_factory=list)
+    sequences: list[Sequences] = field(default_factory=list)
+    text_bytes: int = 0
+    num_tokens: int = 0
+    num_written: int = 0
+    num_documents: int = 0
+    num_failed: int = 0
+    spelled: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    input_text_bytes: float = 0.0
 
-    @property
-    def ids(self) -> list[npt.NDArray[np.int32]]:
-        """Each document's sequences laid end to end."""
-        return [np.concatenate([*sequences, np.empty(0, np.int32)]) for sequences in self.sequences]
+    def of_input(self, number: int) -> int:
+        """A count of the sample, extrapolated to the whole input."""
+        return round(number * self.input_text_bytes / max(self.text_bytes, 1))
+
+    def add(self, encoded: EncodedKey) -> None:
+        """Add one key of a group."""
+        self.num_tokens += encoded.num_tokens
+        self.num_documents += len(encoded.texts)
+        self.num_failed += len(encoded.fates) - encoded.fates.count(Fate.EDIT)
+        for name, number in encoded.spelled.items():
+            count(self.spelled, name, number)
+        for texts, sequences, written, fate in zip(
+            encoded.texts, encoded.sequences, encoded.originals, encoded.fates, strict=True
+        ):
+            if fate is not Fate.DROP:
+                self.num_written += sum(map(len, written))
+            if fate is Fate.EDIT:
+                self.texts.append(texts)
+                self.sequences.append(sequences)
 
 
-def take_sample(config: PreprocessConfig, plan: Plan, tokenizer: Tokenizer, key: str) -> Sample:
-    """Read a few units and tokenize the first documents of each.
+def take_sample(config: PreprocessConfig, tokenizers: JobTokenizers, plan: Plan) -> Sample:
+    """Read and tokenize the first group of documents of a few units, as the job will.
 
     Raises:
-        DataFormatError: a file cannot be read.
+        DataFormatError: a file cannot be read, has too many bad lines, or a text spells a control token where
+            that is an error.
     """
-    chosen = [
-        plan.units[index]
-        for index in sorted({i * len(plan.units) // _SAMPLE_UNITS for i in range(_SAMPLE_UNITS)})
-    ]
-    texts: list[list[str]] = []
-    raw_bytes = text_bytes = sample_bytes = 0
-    for unit in chosen:
-        taken = 0
-        for document_texts, num_bytes in _documents(config, unit, key):
-            text_bytes += num_bytes
-            if taken < _SAMPLE_BYTES // len(chosen):
-                texts.append(document_texts)
-                taken += num_bytes
-        raw_bytes += unit.num_bytes
-        sample_bytes += taken
-    begin = time.perf_counter()
-    sequences = encode_documents(tokenizer, texts)
-    seconds = max(time.perf_counter() - begin, 1e-9)
-    tokens = sum(len(ids) for document in sequences for ids in document)
-    all_text_bytes = sum(unit.num_bytes for unit in plan.units) * text_bytes / max(raw_bytes, 1)
-    return Sample(texts, sequences, int(all_text_bytes * tokens / max(sample_bytes, 1)), tokens / seconds)
+    sample, reader, stopwatch = Sample(), GroupReader(config, tokenizers), Stopwatch()
+    raw_bytes = text_bytes = 0.0
+    for index in sorted({i * len(plan.units) // _SAMPLE_UNITS for i in range(_SAMPLE_UNITS)}):
+        unit = plan.units[index]
+        result = UnitResult(unit.unit_id)
+        with closing(reader.groups(unit, result, stopwatch)) as groups:
+            group = next(groups, None)
+        if group is None:
+            continue
+        sample.text_bytes += result.bytes_in
+        for encoded in group.keys.values():
+            sample.add(encoded)
+        share, unit_text_bytes = _text_bytes(config, unit)
+        raw_bytes += share * unit.num_bytes
+        text_bytes += unit_text_bytes
+    sample.seconds = sum(stopwatch.seconds.values())
+    sample.input_text_bytes = sum(unit.num_bytes for unit in plan.units) * text_bytes / max(raw_bytes, 1.0)
+    _shuffle(sample)
+    return sample
 
 
-def _documents(config: PreprocessConfig, unit: WorkUnit, key: str) -> Iterator[tuple[list[str], int]]:
-    """Strings of one key of a unit's documents, and their bytes; bad lines are passed over."""
-    for document in read_unit(unit, config.json_keys, on_bad=lambda line: None):
-        texts = document.fields[key]
-        yield texts, sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+def _text_bytes(config: PreprocessConfig, unit: WorkUnit) -> tuple[float, int]:
+    """How much of a unit was read, as a share of its documents, and the bytes of its text."""
+    num_records = num_bytes = 0
+
+    def on_bad(line: BadLine) -> None:
+        nonlocal num_records
+        num_records += 1
+
+    for document in read_unit(unit, config.json_keys, on_bad=on_bad):
+        num_records += 1
+        num_bytes += document.num_bytes
+        if num_bytes >= _MEASURED_BYTES:
+            break
+    return min(1.0, num_records / max(unit.num_documents, 1)), num_bytes
+
+
+def _shuffle(sample: Sample) -> None:
+    """Mix the documents, so that the first ones speak for all units."""
+    order = np.random.default_rng(0).permutation(len(sample.texts))
+    sample.texts = [sample.texts[index] for index in order]
+    sample.sequences = [sample.sequences[index] for index in order]
 
 
 def estimate(
@@ -107,40 +153,83 @@ def estimate(
         workers: processes of this machine.
 
     Raises:
-        DataFormatError: a file cannot be read.
+        DataFormatError: a file cannot be read, or a text spells a control token where that is an error.
         PriorError: the prior cannot be loaded or returns unusable numbers.
     """
-    samples = [take_sample(config, plan, tokenizers.text, key) for key in config.json_keys]
-    num_tokens = sum(sample.num_tokens for sample in samples)
-    lines = [f"tokens      about {num_tokens:,} (from a sample of {sum(map(_size, samples)):,})"]
-    lines += [f"disk        about {_output_bytes(config, tokenizers, plan, num_tokens) / 1e9:,.3g} GB"]
+    sample = take_sample(config, tokenizers, plan)
+    num_tokens = sample.of_input(sample.num_tokens)
+    lines = [f"tokens      about {num_tokens:,} (from a sample of {sample.num_tokens:,})"]
+    if tokenizers.output is not None:
+        lines += [
+            f"written     about {sample.of_input(sample.num_written):,} of the output tokenizer's tokens"
+        ]
+    lines += _sample_warnings(config, tokenizers, sample)
     if prior is None:
-        rate = min(sample.tokens_per_second for sample in samples)
-        lines += _times("a worker", rate, num_tokens, workers)
-        return lines
-    if prior.device == "cpu" and prior.identity.weight_bytes > _LARGE_CPU_PRIOR_BYTES:
+        rate = sample.num_tokens / max(sample.seconds, 1e-9)
         return [
             *lines,
-            "cost        not measured: a prior of this size on a CPU; --dry-run where the job will run",
+            _disk(config, tokenizers, plan, sample, 0.0),
+            *_times("worker", rate, num_tokens, workers),
+            "            for reading and tokenizing; starting and writing come on top",
         ]
-    if prior.device == "cpu" and prior.memory_bytes > usable_bytes():
+    reason = _too_large(prior)
+    if reason is not None:
+        return [
+            *lines,
+            _disk(config, tokenizers, plan, sample, 0.0),
+            f"cost        not measured: {reason}; give --dry-run where the job will run",
+        ]
+    changed_share, measured = _score_sample(config, tokenizers.text, prior, sample, workers)
+    return [*lines, _disk(config, tokenizers, plan, sample, changed_share), *measured]
+
+
+def _sample_warnings(config: PreprocessConfig, tokenizers: JobTokenizers, sample: Sample) -> list[str]:
+    """What of the sample's text deserves a word."""
+    lines = []
+    if sample.spelled:
+        spelled = ", ".join(
+            f"{spelling(tokenizers.written, int(id_))} {number} times"
+            for id_, number in sample.spelled.items()
+        )
+        lines.append(
+            f"warning     the sample's text spells control tokens ({spelled}), which become these tokens; "
+            "--special-tokens-in-text split makes them ordinary text"
+        )
+    if sample.num_failed:
+        lines.append(
+            f"warning     {sample.num_failed:,} of the sample's {sample.num_documents:,} documents are not "
+            "given back exactly by the prior's tokenizer; --output-round-trip "
+            f"{config.output_round_trip} decides on them"
+        )
+    return lines
+
+
+def _too_large(prior: PriorPlan) -> str | None:
+    """Why a prior is not tried on this machine."""
+    if prior.device != "cpu":
+        return None
+    if prior.identity.weight_bytes > _LARGE_CPU_PRIOR_BYTES:
+        return "a prior of this size on a CPU"
+    if prior.memory_bytes > usable_bytes():
         needs = f"the prior needs about {prior.memory_bytes / 1e9:.1f} GB"
-        return [*lines, f"cost        not measured: {needs}, {usable_bytes() / 1e9:.1f} GB are free here"]
-    return lines + _score_sample(config, tokenizers.text, prior, samples, workers)
+        return f"{needs}, {usable_bytes() / 1e9:.1f} GB are free here"
+    return None
 
 
 def _score_sample(
-    config: PreprocessConfig, tokenizer: Tokenizer, prior: PriorPlan, samples: list[Sample], workers: int
-) -> list[str]:
-    """Score and edit as much of the samples as there is time for."""
+    config: PreprocessConfig, tokenizer: Tokenizer, prior: PriorPlan, sample: Sample, workers: int
+) -> tuple[float, list[str]]:
+    """Score and edit as much of the sample as there is time for.
+
+    Returns:
+        Changed and dropped tokens, as a share of all, and the lines that say what was measured.
+    """
     from megatron_tokedit.scoring.cost import measure_rate
 
     scorer = load_prior(prior)
     editor = make_editor(config, tokenizer)
     request = candidate_request(editor.method, tokenizer, scorer.vocab_size)
-    ids = [document for sample in samples for document in sample.ids]
-    texts = [document for sample in samples for document in sample.texts]
-    sequences = [document for sample in samples for document in sample.sequences]
+    ids = [np.concatenate([*sequences, np.empty(0, np.int32)]) for sequences in sample.sequences]
     first = measure_rate(scorer, _up_to(ids, _FIRST_TOKENS), request)
     chosen = _up_to(ids, max(_FIRST_TOKENS, int(first.tokens_per_second * _SECONDS)))
     rate = measure_rate(scorer, chosen, request)
@@ -150,22 +239,24 @@ def _score_sample(
         candidates = Candidates(
             score.candidate_positions_E, score.candidate_ids_EK, score.candidate_logprobs_EK
         )
-        document = _cut(sequences[index], len(scored[index]))
-        edited = editor.edit(document, score.logprobs_T, candidates, document_key(texts[index]))
+        document = _cut(sample.sequences[index], len(scored[index]))
+        edited = editor.edit(document, score.logprobs_T, candidates, document_key(sample.texts[index]))
         statistics.add(score.logprobs_T, edited, editor.method.rules.thresholds)
-    num_tokens = config.edit_generations * sum(sample.num_tokens for sample in samples)
-    device = "a GPU" if prior.device != "cpu" else f"a worker ({prior.threads} threads)"
-    return [
+    num_tokens = config.edit_generations * sample.of_input(sum(map(len, ids)))
+    tokens = max(statistics.tokens, 1)
+    device = "GPU" if prior.device != "cpu" else "worker"
+    threads = "" if device == "GPU" else f" with {_number(prior.threads, 'thread')}"
+    lines = [
         f"prior       {rate.num_parameters:,} parameters, {rate.flops_per_token / 1e6:,.4g} MFLOP a token",
-        f"speed       {rate.share_of_device_rate:.0%} of the matrix-product rate of {device} in "
+        f"speed       {rate.share_of_device_rate:.0%} of the matrix-product rate of a {device}{threads} in "
         f"{prior.dtype}, {rate.device_flops / 1e9:,.0f} GFLOP/s",
-        f"memory      {rate.peak_memory_bytes / 1e9:.2f} GB {device}, {workers} of them here",
+        f"memory      {rate.peak_memory_bytes / 1e9:.2f} GB a worker, {_number(workers, 'worker')} here",
         *_times(device, rate.tokens_per_second, num_tokens, workers),
-        f"sample      {statistics.tokens:,} tokens: eligible "
-        f"{statistics.eligible / max(statistics.tokens, 1):.2%}, of these changed "
-        f"{statistics.changed / max(statistics.eligible, 1):.2%}; "
-        f"perplexity {statistics.perplexity or float('nan'):.2f}",
+        f"to expect   eligible {statistics.eligible / tokens:.2%} (of {statistics.tokens:,} sampled tokens), "
+        f"of these changed {statistics.changed / max(statistics.eligible, 1):.2%}; dropped "
+        f"{statistics.dropped / tokens:.2%}; perplexity {statistics.perplexity or float('nan'):.2f}",
     ]
+    return (statistics.changed + statistics.dropped) / tokens, lines
 
 
 def _up_to(documents: list[npt.NDArray[np.int32]], num_tokens: int) -> list[npt.NDArray[np.int32]]:
@@ -188,24 +279,21 @@ def _cut(sequences: list[npt.NDArray[np.int32]], num_tokens: int) -> list[npt.ND
     return cut
 
 
-def _size(sample: Sample) -> int:
-    """Tokens of a sample."""
-    return sum(map(len, sample.ids))
-
-
 def _times(device: str, tokens_per_second: float, num_tokens: int, workers: int) -> list[str]:
     """Time on one device and on several."""
     seconds = num_tokens / max(tokens_per_second, 1e-9)
     several = sorted({workers, _DEVICES} - {1})
-    shared = "; ".join(f"{number}: {_duration(seconds / number)}" for number in several)
+    shared = "".join(f", {_duration(seconds / number)} on {number}" for number in several)
     return [
-        f"time        {tokens_per_second:,.0f} tokens/s {device}: {_duration(seconds)} on 1; {shared} "
-        f"({seconds / 3600:,.4g} device-hours)"
+        f"time        {_duration(seconds)} on 1 {device} ({tokens_per_second:,.0f} tokens/s){shared}; "
+        f"{seconds / 3600:,.2g} {device}-hours"
     ]
 
 
 def _duration(seconds: float) -> str:
     """Seconds as a person says them."""
+    if seconds < 1:
+        return "under 1 s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
@@ -213,8 +301,30 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h"
 
 
-def _output_bytes(config: PreprocessConfig, tokenizers: JobTokenizers, plan: Plan, num_tokens: int) -> int:
-    """Size of all ``.bin`` and ``.idx`` files, and as much again for the units while they are merged."""
+def _number(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _disk(
+    config: PreprocessConfig, tokenizers: JobTokenizers, plan: Plan, sample: Sample, changed_share: float
+) -> str:
+    """Size of all ``.bin``, ``.idx`` and ``.edits``; the units take as much again until they are merged."""
     itemsize = np.dtype(best_dtype(tokenizers.written.vocab_size)).itemsize
-    index_bytes = (4 + 8 + 8) * plan.num_documents * len(config.json_keys)
-    return 2 * config.edit_generations * (num_tokens * itemsize + index_bytes)
+    num_documents = plan.num_documents * len(config.json_keys)
+    num_tokens = sample.of_input(sample.num_written) + num_documents * config.append_eod
+    dataset_bytes = num_tokens * itemsize + (4 + 8 + 8) * num_documents
+    # Each generation's journal is against the original, so the entries add up.
+    journals = config.edit_generations * (config.edit_generations + 1) // 2
+    journal_bytes = journals * _JOURNAL_ENTRY_BYTES * changed_share * num_tokens
+    total = config.edit_generations * dataset_bytes + journal_bytes
+    return f"disk        about {_size(total)}, and as much again until the units are merged"
+
+
+def _size(number: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"

@@ -198,7 +198,7 @@ def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Pro
     config, prior = job.config, job.prior
     workers = count_workers(config, prior, len(pending))
     logger.info(
-        "%d work units to do, %d done before; workers: %d; text encoded by %s",
+        "work units to do: %d, done before: %d; workers: %d; text encoded by %s",
         len(pending),
         len(finished),
         workers,
@@ -227,7 +227,8 @@ def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Pro
     for worker in dead:
         logger.warning("%s", worker)
     if undone:
-        what = f"{len(undone)} work units are not done; run the same command again for them:"
+        are = "work unit is" if len(undone) == 1 else "work units are"
+        what = f"{len(undone)} {are} not done; run the same command again:"
         raise PlanError("\n  ".join([what, *map(str, dead)]))
 
 

@@ -27,11 +27,12 @@ from megatron_tokedit.dataset import (
     merge_datasets,
     merge_journals,
     remove_temporaries,
+    sha256_of_file,
     shorten_inputs,
     write_manifest,
 )
 from megatron_tokedit.edit.statistics import EditStatistics
-from megatron_tokedit.errors import DataFormatError
+from megatron_tokedit.errors import DataFormatError, PlanError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.pipeline.method import edit_settings
 from megatron_tokedit.pipeline.plan import Plan
@@ -52,8 +53,8 @@ def merge(
     """Join the finished units of a plan into the outputs, and remove the units.
 
     Raises:
-        DataFormatError: too many bad lines over all units, no document at all, or a damaged part.
-        PlanError: the prior ran on several kinds of device.
+        DataFormatError: too many bad lines over all units, or no document at all.
+        PlanError: a missing or damaged marker or part, or the prior ran on several kinds of device.
     """
     totals = Totals()
     for unit in plan.units:
@@ -113,12 +114,32 @@ def output_files(config: PreprocessConfig, workdir: WorkDir) -> Iterator[str]:
 def _join_units(prior: PriorPlan | None, plan: Plan, workdir: WorkDir, name: str) -> dict[str, str]:
     """Write dataset and journal of one name; returns their checksums."""
     output = workdir.output(name)
-    parts = [workdir.unit_part(unit.unit_id, name) for unit in plan.units]
-    summary = merge_datasets(parts, output)
+    parts = {workdir.unit_part(unit.unit_id, name): unit.unit_id for unit in plan.units}
+    for unit_id in parts.values():
+        _check_part(workdir, unit_id, name, (".idx", ".edits"))
+    summary = merge_datasets(
+        list(parts), output, on_part=lambda part: _check_part(workdir, parts[part], name, (".bin",))
+    )
     checksums = {"bin": summary.bin_sha256, "idx": summary.idx_sha256}
     if prior is not None:
         checksums["edits"] = merge_journals([f"{part}.edits" for part in parts], f"{output}.edits")
     return checksums
+
+
+def _check_part(workdir: WorkDir, unit_id: int, name: str, suffixes: tuple[str, ...]) -> None:
+    """Refuse a unit's files that are not those it wrote.
+
+    Raises:
+        PlanError: one is missing or damaged.
+    """
+    marker = workdir.unit_marker(unit_id)
+    for suffix, sha256 in UnitResult.load(marker).keys[name].checksums.items():
+        path = workdir.unit_part(unit_id, name) + suffix
+        if suffix in suffixes and (not os.path.isfile(path) or sha256_of_file(path) != sha256):
+            raise PlanError(
+                f"{path}: is missing or not what work unit {unit_id} wrote; remove {marker} and run again to "
+                "do the unit anew"
+            )
 
 
 def _manifest(
@@ -151,6 +172,7 @@ def _manifest(
         tokenizer=TokenizerRecord(**tokenizer_spec(written)),
         prior_tokenizer=TokenizerRecord(**tokenizer_spec(tokenizers.text)) if tokenizers.output else None,
         append_eod=config.append_eod,
+        special_tokens_in_text=config.special_tokens_in_text,
         dtype=str(np.dtype(best_dtype(written.vocab_size))),
         seed=config.seed if prior else None,
         edit=edit_settings(config, generation) if prior else None,
@@ -178,6 +200,7 @@ def _counts(totals: Totals, name: str) -> dict[str, int]:
         "num_bad_lines": totals.bad_lines,
         "num_documents_dropped": sum(counts.dropped.values()),
         "num_documents_unedited": sum(counts.unedited.values()),
+        "num_tokens_in": edit.tokens,
         "num_scored_tokens": edit.scored,
         "num_eligible_tokens": edit.eligible,
         "num_resampled_tokens": edit.resampled,

@@ -13,7 +13,7 @@ import hashlib
 import os
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from megatron_tokedit.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from megatron_tokedit.scoring.identity import PriorFiles
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 GROUP_BYTES = 512 << 10
 """Documents of a unit are tokenized and scored in groups of about so many bytes of text."""
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES, _UNITS_AIMED_AT = 256 << 10, 16 << 20, 64
@@ -83,7 +83,8 @@ class Plan:
         return self.units[rank::world_size]
 
     def save(self, path: Path) -> None:
-        """Write the plan, by rename: JSON with a line for every input file and every unit.
+        """Write the plan, by rename: JSON with a line for every input file and every unit, and at its end the
+        SHA-256 of the lines before.
 
         Raises:
             DataFormatError: the disk is full, or the folder cannot be written.
@@ -101,7 +102,8 @@ class Plan:
             _write_records(file, inputs)
             file.write(b'],\n"units": [')
             _write_records(file, units)
-            file.write(b"]\n}\n")
+            file.write(b"],\n")
+            file.write(b'"sha256": "%s"\n}\n' % file.sha256.encode())
             file.commit()
 
 
@@ -121,7 +123,9 @@ def load_plan(path: Path) -> Plan | None:
         PlanError: it is damaged or of another version.
     """
     try:
-        with path.open("rb") as lines:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            lines = _hashed(file, digest)
             if (opening := next(lines)) != b"{\n":
                 raise ValueError(f"it begins with {opening[:20]!r}")
             if (version := _read_field(lines, "format_version")) != FORMAT_VERSION:
@@ -140,10 +144,20 @@ def load_plan(path: Path) -> Plan | None:
                     _share_strings(part)
                     part["path"] = paths[part["path"]]  # one string, however many parts
                 units.append(WorkUnit.from_json(fields))
+            if digest.hexdigest() != _read_field(lines, "sha256"):
+                raise ValueError("its checksum does not fit its content")
             return Plan(settings, inputs, units, modified_ns, prior_files)
     except FileNotFoundError:
         return None
-    except (OSError, StopIteration, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        StopIteration,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise PlanError(
             f"{path}: not a plan of this version ({error!r}); --restart discards it and what was done"
         ) from error
@@ -162,6 +176,13 @@ def recorded_prior_files(path: Path) -> PriorFiles | None:
         return PriorFiles.from_json(fields) if fields else None
     except (OSError, StopIteration, ValueError, KeyError, TypeError):  # load_plan says what is wrong
         return None
+
+
+def _hashed(lines: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
+    """The lines; each is taken into the digest."""
+    for line in lines:
+        digest.update(line)
+        yield line
 
 
 def _share_strings(fields: dict[str, Any]) -> None:

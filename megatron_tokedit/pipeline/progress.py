@@ -12,6 +12,8 @@ from megatron_tokedit.log import get_logger
 
 logger = get_logger(__name__)
 _LOG_SECONDS = 30.0
+_LEAST_SECONDS = 1.0
+"""Between two lines, however fast it goes."""
 
 
 class Progress(Protocol):
@@ -28,7 +30,7 @@ class Progress(Protocol):
 
 
 class LogProgress:
-    """Logs a line about every ``interval`` documents, and at least every half minute.
+    """Logs a line about every ``interval`` documents, at least every half minute and at most every second.
 
     Args:
         interval: documents between two lines.
@@ -37,30 +39,31 @@ class LogProgress:
     def __init__(self, interval: int) -> None:
         self._interval = interval
         self._total = self._done = self._tokens = self._next = 0
-        self._begin_seconds = self._next_seconds = 0.0
+        self._begin_seconds = self._last_seconds = 0.0
 
     def start(self, total_documents: int, done_documents: int) -> None:
         """See :class:`Progress`."""
         self._total, self._done, self._tokens = total_documents, done_documents, 0
         self._next = done_documents + self._interval
         self._begin_seconds = time.perf_counter()
-        self._next_seconds = self._begin_seconds + _LOG_SECONDS
+        self._last_seconds = self._begin_seconds
 
     def advance(self, documents: int, tokens: int) -> None:
         """See :class:`Progress`."""
         self._done += documents
         self._tokens += tokens
         now = time.perf_counter()
-        if self._done >= self._next or now >= self._next_seconds:
+        waited = now - self._last_seconds
+        if waited >= _LOG_SECONDS or (self._done >= self._next and waited >= _LEAST_SECONDS):
             self._next = self._done + self._interval
-            self._next_seconds = now + _LOG_SECONDS
+            self._last_seconds = now
             seconds = max(now - self._begin_seconds, 1e-9)
             logger.info(
-                "%d of %d documents (%.1f%%), %.0f tokens/s",
-                self._done,
-                self._total,
+                "%s of %s documents (%.1f%%), %s tokens/s",
+                f"{self._done:,}",
+                f"{self._total:,}",
                 100.0 * self._done / max(self._total, 1),
-                self._tokens / seconds,
+                f"{self._tokens / seconds:,.0f}",
             )
 
     def close(self) -> None:

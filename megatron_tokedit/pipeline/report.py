@@ -12,7 +12,10 @@ from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.edit.statistics import MARGIN, EditStatistics
 from megatron_tokedit.pipeline.groups import spelling
 from megatron_tokedit.pipeline.resources import JobTokenizers
-from megatron_tokedit.pipeline.results import ROUND_TRIP, Totals
+from megatron_tokedit.pipeline.results import NOT_WRITABLE, ROUND_TRIP, Totals
+
+_MANY_DRAWS = 100
+"""Draws of which at least one is expected to change something."""
 
 
 def dataset_statistics(
@@ -94,6 +97,17 @@ def remarks(config: PreprocessConfig, tokenizers: JobTokenizers, totals: Totals,
         yield (
             f"{failed} of {totals.documents_in} documents were {what} because the prior's tokenizer does not "
             "give their text back exactly (--output-round-trip)"
+        )
+    if counts.edit is not None and counts.edit.resampled >= _MANY_DRAWS and not counts.edit.changed:
+        yield (
+            f"all {counts.edit.resampled} resampled tokens drew themselves again, so nothing was changed; "
+            "raise --edit-temperature (for the sampler top_p also --edit-top-p), or give "
+            "--edit-exclude-original"
+        )
+    if not_writable := counts.unedited.get(NOT_WRITABLE, 0):
+        yield (
+            f"{not_writable} documents were written unedited, though their edits are counted: encoded again, "
+            "a sequence would have vanished or the text would have spelled a new control token"
         )
     if counts.edit is not None and len(totals.environments) > 1:
         yield (

@@ -6,6 +6,7 @@ parts; documents in = documents out + documents dropped, by reason.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -24,6 +25,8 @@ MAX_EXAMPLES = 20
 STEPS = ("read", "tokenize", "score", "edit", "reencode", "write")
 ROUND_TRIP = "round_trip"
 """Why a document was dropped or left unedited: its tokenizer does not give its text back."""
+NOT_WRITABLE = "not_writable"
+"""Why a document was left unedited: encoded again, a sequence would vanish or a control token appear."""
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class KeyCounts:
         dropped_bytes: reason -> UTF-8 bytes of their text.
         unedited: reason -> documents that were written, but not edited.
         edit: what was scored and edited; None where nothing is.
+        checksums: suffix of a part's file -> its SHA-256 (hex); of a unit, not of all together.
     """
 
     documents: int = 0
@@ -49,6 +53,7 @@ class KeyCounts:
     dropped_bytes: dict[str, int] = field(default_factory=dict)
     unedited: dict[str, int] = field(default_factory=dict)
     edit: EditStatistics | None = None
+    checksums: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: KeyCounts) -> None:
         """Add the counts of another unit."""
@@ -124,11 +129,12 @@ class UnitResult:
     peak_bytes: int = 0
 
     def save(self, path: Path) -> None:
-        """Write the marker, by rename."""
+        """Write the marker, by rename: a line of JSON and its SHA-256."""
         content = asdict(self)
         for key, counts in self.keys.items():
             content["keys"][key]["edit"] = counts.edit.to_json() if counts.edit else None
-        atomic_write_bytes(path, orjson.dumps(content))
+        line = orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
+        atomic_write_bytes(path, line + hashlib.sha256(line).hexdigest().encode())
 
     @classmethod
     def load(cls, path: Path) -> UnitResult:
@@ -138,7 +144,12 @@ class UnitResult:
             PlanError: it is damaged.
         """
         try:
-            content: dict[str, Any] = orjson.loads(path.read_bytes())
+            line, _, digest = path.read_bytes().partition(b"\n")
+            if hashlib.sha256(line + b"\n").hexdigest().encode() != digest:
+                raise ValueError("its checksum does not fit its content")
+            content: dict[str, Any] = orjson.loads(line)
+            if content["unit_id"] != int(path.stem):
+                raise ValueError(f"it is that of work unit {content['unit_id']}")
             for key, counts in content["keys"].items():
                 edit = counts.pop("edit")
                 content["keys"][key] = KeyCounts(
@@ -147,7 +158,7 @@ class UnitResult:
             return cls(**content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
-                f"{path}: the marker of a finished unit is damaged; remove it and run again"
+                f"{path}: the marker of a finished unit is damaged ({error!r}); remove it and run again"
             ) from error
 
 

@@ -25,7 +25,14 @@ from megatron_tokedit.pipeline.editing import GroupEditor, Reencoder
 from megatron_tokedit.pipeline.groups import Fate, Group, GroupReader, Sequences
 from megatron_tokedit.pipeline.overlap import Behind, ahead
 from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, environment
-from megatron_tokedit.pipeline.results import ROUND_TRIP, KeyCounts, Stopwatch, UnitResult, count
+from megatron_tokedit.pipeline.results import (
+    NOT_WRITABLE,
+    ROUND_TRIP,
+    KeyCounts,
+    Stopwatch,
+    UnitResult,
+    count,
+)
 from megatron_tokedit.pipeline.workdir import WorkDir, make_folder
 from megatron_tokedit.tokenizers import append_eod
 
@@ -119,9 +126,11 @@ class UnitWorker:
 
     def _close(self, output: _Output) -> KeyCounts:
         """Give a dataset's files their names."""
+        checksums = output.counts.checksums
         if output.journal is not None:
-            output.journal.finalize()
+            checksums[".edits"] = output.journal.finalize()
         summary = output.dataset.finalize()
+        checksums |= {".bin": summary.bin_sha256, ".idx": summary.idx_sha256}
         output.counts.documents = summary.num_documents
         output.counts.sequences = summary.num_sequences
         output.counts.tokens = summary.num_tokens
@@ -183,7 +192,8 @@ class UnitWorker:
                     count(output.counts.dropped, ROUND_TRIP)
                     count(output.counts.dropped_bytes, ROUND_TRIP, group.documents[index].num_bytes)
                     continue
-                sequences, changes = document
+                sequences, changes, is_refused = document
+                count(output.counts.unedited, NOT_WRITABLE, int(is_refused))
                 output.dataset.add_document(self._ended(sequences))
                 if output.journal is not None:
                     original = self._ended(encoded.originals[index])

@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from megatron_tokedit.scoring.base import CandidateRequest
 from megatron_tokedit.scoring.scorer import CausalScorer
 
 _MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
-_REPEATS = 4
+_RATE_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +93,19 @@ def count_flops(scorer: CausalScorer, lengths: Sequence[int]) -> int:
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of the best of a few large square matrix products."""
+    """Floating-point operations a second that large square matrix products sustain, best of a few sizes."""
     best = 0.0
     for size in _MATRIX_SIZES[device.type]:
         left = torch.rand(size, size, device=device).to(dtype)
-        out = torch.empty_like(left)
-        for _ in range(_REPEATS):
-            _finish(device)
-            begin = time.perf_counter()
+        out = torch.mm(left, left)
+        _finish(device)
+        num_products, seconds = 0, 0.0
+        begin = time.perf_counter()
+        while seconds < _RATE_SECONDS:
             torch.mm(left, left, out=out)
             _finish(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+            num_products, seconds = num_products + 1, time.perf_counter() - begin
+        best = max(best, 2 * size**3 * num_products / seconds)
     return best
 
 
@@ -110,7 +113,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has had so far, on the device where it scores."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:  # ru_maxrss of a child process begins with what its parent had
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _finish(device: torch.device) -> None:

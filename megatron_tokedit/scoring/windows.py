@@ -14,6 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+_SIMILAR = 0.95
+"""A window may join a batch whose longest one is so much longer; any may join a tiny batch."""
+_TINY_BATCH = 1 / 8
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -52,15 +56,22 @@ def plan_windows(document: int, num_tokens: int, *, context: int, overlap: int) 
 def plan_batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Group windows of similar length so that rows x longest row stays within a token budget.
 
+    A batch ends early, too, where the next window is much shorter and the batch is not tiny: padding costs
+    more than a smaller batch does.
+
     Args:
         windows: in any order; the result depends on it only among windows of equal length.
         batch_tokens: budget, padding included; a window longer than it goes alone.
     """
     batch: list[Window] = []
     for window in sorted(windows, key=lambda window: -window.num_tokens):  # stable
-        if batch and (len(batch) + 1) * batch[0].num_tokens > batch_tokens:
-            yield batch
-            batch = []
+        if batch:
+            longest = batch[0].num_tokens
+            is_tiny = len(batch) * longest < _TINY_BATCH * batch_tokens
+            is_similar = window.num_tokens >= _SIMILAR * longest
+            if (len(batch) + 1) * longest > batch_tokens or not (is_tiny or is_similar):
+                yield batch
+                batch = []
         batch.append(window)
     if batch:
         yield batch

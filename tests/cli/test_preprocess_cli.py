@@ -171,9 +171,47 @@ def test_dry_run_tells_the_cost(corpus, capsys, tmp_path):
     assert re.search(r"tokens +about \d", out)
     assert re.search(r"prior +[\d,]+ parameters, [\d.,]+ MFLOP a token", out)
     assert re.search(r"speed +\d+% of the matrix-product rate", out)
-    assert re.search(r"time +[\d,]+ tokens/s .*: .* on 1; 3: .*; 8: .*device-hours", out)
-    assert re.search(r"sample +[\d,]+ tokens: eligible [1-9]", out)
+    assert re.search(r"time +\S.* on 1 worker \([\d,]+ tokens/s\), .* on 3, .* on 8; .* worker-hours", out)
+    assert re.search(r"to expect +eligible [1-9].* \(of [\d,]+ sampled tokens\)", out)
+    assert re.search(r"disk +about \S+ kB, and as much again", out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_refuses_other_settings_before_it_measures(corpus, capsys):
+    assert main(arguments(corpus, "--append-eod")) == 0
+    capsys.readouterr()
+    assert main([*arguments(corpus), "--dry-run"]) == 1
+    captured = capsys.readouterr()
+    assert "records another plan" in captured.err
+    assert "tokens      about" not in captured.out
+    assert "state" not in captured.out
+    assert main([*arguments(corpus, "--append-eod"), "--dry-run"]) == 0
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_dry_run_finds_text_that_spells_control_tokens(capsys, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "the river"}\n{"text": "rises <|endoftext|> twice <|endoftext|>"}\n')
+    argv = arguments(corpus, "--dry-run", tokenizer=str(ROOT / "tests" / "data" / "tiny_byte_level_bpe"))
+    argv[argv.index("SentencePieceTokenizer")] = "HuggingFaceTokenizer"
+    assert main(argv) == 0
+    assert "spells control tokens (<|endoftext|> 2 times)" in capsys.readouterr().out
+    assert main([*argv, "--special-tokens-in-text", "split"]) == 0
+    assert "spells" not in capsys.readouterr().out
+    assert main([*argv, "--special-tokens-in-text", "error"]) == 1
+    assert "corpus.jsonl:2: the text spells the control token" in capsys.readouterr().err
+
+
+def test_the_estimate_is_what_the_job_then_writes(capsys, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    lines = ['{"text": "the river rises in hills"}\n', '{"text": "falls", "other": "not read at all"}\n']
+    corpus.write_text(lines[0] * 100 + lines[1] * 100)
+    argv = [*arguments(corpus), "--unit-documents", "20"]
+    assert main([*argv, "--dry-run"]) == 0
+    found = re.search(r"tokens +about ([\d,]+)", capsys.readouterr().out)
+    assert main(argv) == 0
+    tokens = json.loads((tmp_path / "out_text_document.stats.json").read_text())["tokens"]
+    assert int(found[1].replace(",", "")) == pytest.approx(tokens, rel=0.1)
 
 
 RULES = "rules:\n  - {action: drop, at_most: 0.0028}\n  - {action: resample, at_least: 0.004}\ntop_k: 3\n"
@@ -210,7 +248,7 @@ def test_free_rules_from_a_file(corpus, capsys, tmp_path):
         ("rules: 3", ["rules: missing, or not a list"]),
         ("- a", ["expected a mapping"]),
         ("rules: [", ["not valid YAML"]),
-        ("rules: []\ntop_k: many", ["edit_top_k"]),
+        ("rules: []\ntop_k: many", ["edit.yaml", "edit_top_k"]),
     ],
 )
 def test_broken_rules(corpus, capsys, tmp_path, content, words):

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatron_tokedit.cli.train import main
+from megatron_tokedit.cli.train_sources import outdated_sources
 from megatron_tokedit.config.load import load_config
 from megatron_tokedit.config.raw_sources import preprocessing_of
 from megatron_tokedit.pipeline import run
+from megatron_tokedit.testing.models import write_hf_llama
 from megatron_tokedit.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +149,26 @@ def test_prepare_then_dry_run_then_progress(tmp_path: Path, capsys: pytest.Captu
     assert "datasets that do not fit the configuration" in capsys.readouterr().err
     assert main(tiny(tmp_path, "--progress")) == 0
     assert capsys.readouterr().out == f"{tmp_path}/run: step 0 of 40\n"
+
+
+def test_a_dataset_of_another_prior_is_refused(tmp_path: Path) -> None:
+    priors = [write_hf_llama(tmp_path / f"prior{seed}", vocab_size=1024, seed=seed) for seed in (1, 2)]
+    edit = ("data.train.0.edit.edit_strategy=up_revise", "data.train.0.edit.prior_device=cpu")
+
+    def outdated(prior: Path, *more: str) -> list[str]:
+        overrides = (*edit, f"data.train.0.edit.prior={prior}", *more)
+        return outdated_sources(load_config(TINY, tiny(tmp_path, *overrides)[2:]))
+
+    config = load_config(TINY, tiny(tmp_path, *edit, f"data.train.0.edit.prior={priors[0]}")[2:])
+    run(preprocessing_of(config.data.train[0], config.tokenizer))
+    assert outdated(priors[0]) == []
+    (problem,) = outdated(priors[1])
+    assert f"prior.path: recorded {priors[0]}, now {priors[1]}; put them back" in problem
+    (problem,) = outdated(priors[0], "data.train.0.edit.prior_dtype=bfloat16")
+    assert "prior.dtype: recorded float32, now bfloat16" in problem
+    moved = priors[0].rename(tmp_path / "moved")
+    assert outdated(moved) == []
+    assert outdated(priors[0]) == [], "gone, which is no reason to edit again"
 
 
 def test_progress_counts_work_units_without_torch(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from megatron_tokedit.edit.random import document_key
 from megatron_tokedit.pipeline import run
 from megatron_tokedit.pipeline.method import candidate_request, make_editor
 from megatron_tokedit.pipeline.resources import find_prior, load_prior
+from megatron_tokedit.scoring.scorer import CausalScorer
 from megatron_tokedit.testing.models import write_hf_llama
 from megatron_tokedit.tokenizers import load_tokenizer
 
@@ -103,3 +104,24 @@ def test_any_number_of_workers_and_units(folder, prior):
     for name in ("text_generation1", "text"):
         for suffix in (".bin", ".idx", ".edits"):
             assert output_bytes(folder, "a", name, (suffix,)) == output_bytes(folder, "b", name, (suffix,))
+
+
+def test_an_open_nucleus_is_drawn_from_slice_by_slice(folder, prior, monkeypatch):
+    """Its candidates may be all ids for every token, so those of a few documents only lie in memory."""
+    calls = []
+    score = CausalScorer.score
+
+    def counted(scorer, documents, *args, **kwargs):
+        calls.append([len(ids) for ids in documents])
+        return score(scorer, documents, *args, **kwargs)
+
+    monkeypatch.setattr(CausalScorer, "score", counted)
+    changes = {"edit_sampler": "top_p", "edit_generations": 2, "unit_documents": 40}
+    job(folder, "open", **editing(prior, **changes))
+    assert len(calls) > 6
+    assert all(sum(lengths[:-1]) < 200 for lengths in calls)
+    calls.clear()
+    job(folder, "bounded", **editing(prior, edit_top_k=VOCAB_SIZE, **changes))
+    assert len(calls) == 2
+    for name in ("text_generation1", "text"):
+        assert output_bytes(folder, "open", name) == output_bytes(folder, "bounded", name)

@@ -171,7 +171,7 @@ def test_one_dead_worker_lets_the_others_go_on(folder):
     changes = {"workers": 2, "unit_documents": 1}
     with pytest.raises(PlanError) as refusal:
         job(folder, "out", changes, progress=Killer(one_at_work=True))
-    assert str(refusal.value).startswith("1 work units are not done")
+    assert str(refusal.value).startswith("1 work unit is not done")
     assert "\n  a worker was killed by signal 9 in work unit" in str(refusal.value)
     assert len(list((folder / "out.work").glob("units/*/*.json"))) == 39
     assert job(folder, "out", changes).outcome == "merged"

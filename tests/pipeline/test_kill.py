@@ -317,7 +317,7 @@ def test_only_a_worker_is_killed(edit_case: Case) -> None:
         if job.wait() == 0:  # the other one did the rest: it was killed between two units
             edit_case.check_end(name)
             continue
-        assert "1 work units are not done" in (log := job.log.read_text())
+        assert "1 work unit is not done" in (log := job.log.read_text())
         assert "a worker was killed by signal 9" in log
         assert len(markers(edit_case.folder, name)) == edit_case.num_units - 1
         edit_case.check_outputs(name)
@@ -362,7 +362,7 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(none_case: Case) -> None:
         assert not [*none_case.folder.rglob(f"{name}*/**/*.tmp"), *none_case.folder.glob("*.tmp")]
         again = none_case.start(name)
         again.finish()
-        told = re.findall("([0-9]+) done before", again.log.read_text())
+        told = re.findall("done before: ([0-9]+)", again.log.read_text())
         num_done = sum(path.suffix == ".json" for path in done)
         assert told == ([] if num_done == none_case.num_units else [str(num_done)])
         none_case.check_end(name)

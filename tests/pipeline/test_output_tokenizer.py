@@ -8,10 +8,14 @@ from pipeline_cases import TOKENIZER, VOCAB_SIZE, WORDS, editing, output_bytes, 
 
 from megatron_tokedit.config.preprocess import preprocess_config
 from megatron_tokedit.dataset import IndexedDataset, read_manifest, undo_dataset, verify_dataset
+from megatron_tokedit.edit.lineage import Lineage
 from megatron_tokedit.errors import ConfigError, TokenizerError
 from megatron_tokedit.pipeline import run
+from megatron_tokedit.pipeline.editing import Reencoder
+from megatron_tokedit.pipeline.groups import EncodedKey, Fate
+from megatron_tokedit.pipeline.resources import load_tokenizers
 from megatron_tokedit.testing.models import train_sentencepiece, write_hf_llama
-from megatron_tokedit.tokenizers import load_tokenizer
+from megatron_tokedit.tokenizers import encode_documents, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,43 @@ def test_it_must_be_another_tokenizer_and_something_must_be_edited(folder, model
         job(folder, "out", output(models, output_tokenizer_model=TOKENIZER))
     with pytest.raises(ConfigError, match="one tokenizer only"):
         job(folder, "out", output(models, edit_strategy="none"))
+
+
+def test_documents_without_ids_stay_so_where_all_is_decoded(tmp_path, models):
+    lines = [orjson.dumps({"text": text}) for text in ("", [], ["", ""], "the river", ["", "falls"])]
+    (tmp_path / "corpus.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    job(tmp_path, "out", output(models, output_round_trip="decoded"))
+    job(tmp_path, "plain", {"tokenizer_model": models[1]})
+    dataset = IndexedDataset(f"{tmp_path}/out_text_document")
+    assert [len(dataset.document(index)) for index in range(5)] == [0, 0, 0, 1, 1]
+    undo_dataset(f"{tmp_path}/out_text_document", f"{tmp_path}/undone_text_document")
+    assert output_bytes(tmp_path, "undone") == output_bytes(tmp_path, "plain")
+
+
+def test_no_edit_spells_a_control_token_of_the_training_tokenizer(models, tmp_path):
+    """To the prior's tokenizer its name is ordinary text, so a sampler may well write it."""
+    config = preprocess_config(
+        settings(
+            tmp_path, "out", **output(models, tokenizer_model=models[1], output_tokenizer_model=TOKENIZER)
+        )
+    )
+    tokenizers = load_tokenizers(config)
+    reencoder = Reencoder(config, tokenizers)
+    edited = "the <sep> falls"
+    (after,) = encode_documents(tokenizers.text, [[edited]])[0]
+    (other_id,) = tokenizers.text.encode("a")[-1:]
+    outcomes = set()
+    for place in range(1, len(after)):  # an edit put the token at this place where another stood
+        before = after.copy()
+        before[place] = other_id
+        text = tokenizers.text.decode(before)
+        is_written = "<sep>" in text
+        encoded = EncodedKey(
+            [[text]], [[before]], encode_documents(tokenizers.output, [[text]]), [Fate.EDIT], {}, 0
+        )
+        sequences, changes, is_refused = reencoder.written(encoded, 0, Lineage([after], [before]))
+        assert is_refused is not is_written
+        assert tokenizers.output.decode(sequences[0]) == (edited if is_written else text)
+        assert bool(len(changes[0])) == is_written
+        outcomes.add(is_written)
+    assert outcomes == {True, False}

@@ -17,7 +17,7 @@ from megatron_tokedit.corpus import expand_inputs, plan_units
 from megatron_tokedit.dataset import read_manifest
 from megatron_tokedit.errors import PlanError
 from megatron_tokedit.pipeline import run
-from megatron_tokedit.pipeline.plan import Plan, load_plan
+from megatron_tokedit.pipeline.plan import FORMAT_VERSION, Plan, load_plan
 from megatron_tokedit.testing.models import write_hf_llama
 
 NUM_FILES = 2000
@@ -103,7 +103,7 @@ def test_only_paths_and_times_are_not_in_the_fingerprint(small_files: Path) -> N
     "damage",
     [
         lambda data: data[: len(data) // 2],
-        lambda data: data.replace(b'"format_version": 2', b'"format_version": 1'),
+        lambda data: data.replace(b'"format_version": %d' % FORMAT_VERSION, b'"format_version": 2'),
         lambda data: data.replace(b'"units": [', b'"unit": [', 1),
         lambda data: b"",
         lambda data: data.replace(b'"num_bytes"', b'"bytes"', 1),

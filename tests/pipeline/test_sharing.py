@@ -21,6 +21,7 @@ from megatron_tokedit.errors import ConfigError, DataFormatError, PlanError
 from megatron_tokedit.pipeline import run
 from megatron_tokedit.pipeline.placement import usable_bytes, usable_cores
 from megatron_tokedit.pipeline.resources import find_prior, load_tokenizers
+from megatron_tokedit.pipeline.results import UnitResult
 from megatron_tokedit.pipeline.workdir import WorkDir
 from megatron_tokedit.pipeline.workers import count_workers
 from megatron_tokedit.testing.models import write_hf_llama
@@ -129,7 +130,7 @@ def test_the_number_of_workers_is_told(folder, monkeypatch):
     lines = []
     monkeypatch.setattr("megatron_tokedit.pipeline.job.logger.info", lambda text, *a: lines.append(text % a))
     job(folder, "out", {"unit_documents": 1000})
-    assert lines[0] == "1 work units to do, 0 done before; workers: 1"
+    assert lines[0].startswith("work units to do: 1, done before: 0; workers: 1; text encoded by ")
 
 
 def test_two_processes_at_once_share_the_work_and_one_merges(tmp_path):
@@ -148,16 +149,17 @@ def test_units_scored_on_another_kind_of_device_are_not_mixed_in(folder, monkeyp
     changes = editing(write_hf_llama(folder / "prior", vocab_size=VOCAB_SIZE))
     job(folder, "out", changes, stage="edit", rank=0, world_size=2)
     marker = markers(folder, "out")[0]
-    assert orjson.loads(marker.read_bytes())["device"] == "cpu"
+    result = UnitResult.load(marker)
+    assert result.device == "cpu"
     monkeypatch.setattr(load, "resolve_device", lambda device: SimpleNamespace(type="cuda"))
     with pytest.raises(PlanError, match=r"the prior ran on cpu and on cuda.*--prior-device"):
         job(folder, "out", changes)
     monkeypatch.undo()
-    marker.write_bytes(marker.read_bytes().replace(b'"cpu"', b'"cuda"'))
+    replace(result, device="cuda").save(marker)
     job(folder, "out", changes, stage="edit", rank=1, world_size=2)
     with pytest.raises(PlanError, match=r"the prior ran on cpu and on cuda"):
         job(folder, "out", changes, stage="merge")
-    marker.write_bytes(marker.read_bytes().replace(b'"cuda"', b'"cpu"'))
+    result.save(marker)
     merging = changes | {"prior_device": "cuda"}  # as an array job says; the merge needs no such device
     assert job(folder, "out", merging, stage="merge").outcome == "merged"
     assert read_manifest(f"{folder}/out_text_document").prior["device"] == "cpu"

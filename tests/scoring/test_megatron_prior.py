@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tokedit.errors import PriorError
-from megatron_tokedit.scoring.load import identify_prior
+from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.scoring.load import identify_prior, load_scorer
 from megatron_tokedit.testing.models import tiny_llama
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))
+sys.path += [str(Path(__file__).resolve().parents[1] / "engine"), str(Path(__file__).resolve().parent)]
 
 
 def save_checkpoint(folder, model):
@@ -41,6 +41,47 @@ def scores_and_own_logprobs(folder, ids):
     hidden = model.hidden_states(torch.tensor([[1, *ids[:-1].tolist()]]))
     logits = (hidden @ model.output_weight.T)[0, :, : model.vocab_size].float()
     return scores, logits.log_softmax(-1).numpy(), scorer.vocab_size, scorer.fingerprint
+
+
+def run_contract(folder):
+    """Every check of the contract on a checkpoint; names of those that ran."""
+    import contract
+    import torch
+
+    from megatron_tokedit.engine.inference import load_language_model
+    from megatron_tokedit.scoring.load import load_scorer
+    from megatron_tokedit.scoring.scorer import CausalScorer
+
+    identity = identify_prior(folder)
+    model = load_language_model(folder, device="cpu")
+    backbone = load_scorer(identity, contract.options(), device="cpu").backbone
+    matrices = sum(p.numel() for name, p in model._gpt.named_parameters() if "linear" in name and p.ndim == 2)
+    assert backbone.size.num_matmul_parameters == matrices + identity.vocab_size * 32
+    assert backbone.size.attention_width == 4 * 32
+
+    @torch.inference_mode()
+    def logprobs(ids):
+        hidden = model.hidden_states(torch.tensor([ids]))[0]
+        return (hidden @ model.output_weight[: model.vocab_size].T).float().log_softmax(-1).numpy()
+
+    for deferred in (False, True):
+
+        def make(options, deferred=deferred):
+            return CausalScorer(backbone, options, deferred=deferred)
+
+        for check in contract.CHECKS:
+            check(contract.Subject(make, logprobs, identity.vocab_size))
+    return [check.__name__ for check in contract.CHECKS]
+
+
+def test_a_checkpoint_keeps_the_contract(ranks, tmp_path):
+    import contract
+
+    ranks.run(save_checkpoint, tmp_path, tiny_llama(init_method_std=0.5), world_size=2)
+    (names,) = ranks.run(run_contract, str(tmp_path), world_size=1)
+    assert names == [check.__name__ for check in contract.CHECKS]
+    with pytest.raises(ConfigError, match=r"prior_dtype=float16.*float32 or bfloat16"):
+        load_scorer(identify_prior(str(tmp_path)), contract.options(), dtype="float16", device="cpu")
 
 
 def test_a_checkpoint_is_a_prior(ranks, tmp_path):

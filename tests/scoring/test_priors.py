@@ -15,8 +15,11 @@ from megatron_tokedit.edit.rules import preset
 from megatron_tokedit.edit.samplers import TopK
 from megatron_tokedit.edit.statistics import EditStatistics
 from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.scoring import identity as identity_module
 from megatron_tokedit.scoring.base import CandidateRequest
+from megatron_tokedit.scoring.identity import PriorFiles
 from megatron_tokedit.scoring.load import identify_prior, load_scorer
+from megatron_tokedit.scoring.packed import PackedLinear
 from megatron_tokedit.scoring.scorer import ScoringOptions
 from megatron_tokedit.testing.models import write_hf_gpt2, write_hf_llama
 
@@ -87,6 +90,73 @@ def test_hugging_face_scores_are_the_models_own(folders, name):
     own[:, :3] = -torch.inf
     np.testing.assert_array_equal(scores.candidate_positions_E, np.arange(1, 12))
     np.testing.assert_allclose(scores.candidate_logprobs_EK, own[:-1].topk(5).values, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GPT2", "GPTNeoX", "Llama", "Mistral", "Qwen2", "Qwen3", "Olmo", "Olmo2", "Gemma", "Gemma2"],
+)
+def test_packed_layers_give_the_models_own_scores(tmp_path, name):
+    """Every architecture whose layers are replaced on a CPU; the replaced ones are really there."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    getattr(
+        transformers, f"{name}{'LMHead' if name == 'GPT2' else 'ForCausalLM'}{'Model' * (name == 'GPT2')}"
+    )(config).save_pretrained(tmp_path)
+    identity = identify_prior(str(tmp_path))
+    ids = np.random.default_rng(0).integers(3, 60, 14).astype(np.int32)
+    own = own_logprobs(tmp_path, ids)[:-1].gather(1, torch.tensor(ids[1:].astype(np.int64))[:, None])[:, 0]
+    for dtype, tolerance, per_layer in (("float32", 1e-4, 1), ("bfloat16", 0.3, 4)):
+        scorer = load_scorer(identity, OPTIONS, dtype=dtype, device="cpu")
+        packed = [m for m in scorer.backbone._model.modules() if isinstance(m, PackedLinear)]
+        assert len(packed) >= 2 * per_layer
+        assert not any(isinstance(m, PackedLinear) for m in (scorer.backbone._model.get_output_embeddings(),))
+        (scores,) = scorer.score([ids])
+        np.testing.assert_allclose(scores.logprobs_T[1:], own, atol=tolerance)
+
+
+def test_float16_is_near(folders):
+    identity = identify_prior(str(folders / "llama"))
+    ids = [np.arange(3, 40, dtype=np.int32)]
+    exact = load_scorer(identity, OPTIONS).score(ids)[0].logprobs_T
+    scores = load_scorer(identity, OPTIONS, dtype="float16").score(ids)[0].logprobs_T
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores[1:], exact[1:], atol=0.02)
+    assert not np.array_equal(scores, exact)
+
+
+def test_unchanged_files_are_not_read_again(tmp_path, monkeypatch):
+    folder = write_hf_llama(tmp_path / "prior", vocab_size=61)
+    first = identify_prior(str(folder))
+    (weights,) = folder.glob("*.safetensors")
+    assert first.weight_bytes == weights.stat().st_size
+    known = PriorFiles.from_json(json.loads(json.dumps(first.files.to_json())))
+    assert known == first.files
+    assert set(known.states) == {"config.json", weights.name}
+
+    hashed = []
+    original = identity_module.hash_files
+    monkeypatch.setattr(identity_module, "hash_files", lambda paths: hashed.append(paths) or original(paths))
+    assert identify_prior(str(folder), known=known) == first
+    assert hashed == []
+    write_hf_llama(folder, vocab_size=61, seed=1)
+    assert identify_prior(str(folder), known=known).fingerprint != first.fingerprint
+    assert len(hashed) == 1
 
 
 def test_bfloat16_is_near(folders):

@@ -34,6 +34,13 @@ def test_batches_hold_every_window_within_the_budget(lengths, budget):
     assert flat == sorted(flat, reverse=True)
 
 
+def test_little_is_padded():
+    windows = [Window(i, 0, n, 0) for i, n in enumerate([100] * 10 + [96] * 5 + [60, 50, 40, 7, 6])]
+    batches = [[w.num_tokens for w in batch] for batch in plan_batches(windows, 480)]
+    # 95 is close enough to 100; 60 is not; 7 and 6 fill up a batch that would be tiny
+    assert batches == [[100] * 4, [100] * 4, [100] * 2 + [96] * 2, [96] * 3, [60], [50, 40], [7, 6]]
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 8, 9])
 def test_window_edges(num_tokens):
     windows = list(plan_windows(0, num_tokens, context=8, overlap=3))
