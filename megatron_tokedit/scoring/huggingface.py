@@ -2,9 +2,9 @@
 
 The hidden states come from the base model and the head is applied in chunks, so what stands between them in
 the model's own ``forward`` (a bias, a scale, a soft cap) has to be known here, and on a CPU the layers are
-replaced by faster ones (``packed``). That all this fits is not assumed: at load, log-probabilities are
-compared on a sample with those of the model as transformers built it, and so is a padded row with an
-unpadded one (a model that looks ahead would differ).
+replaced by faster ones (``huggingface_layers``). That all this fits is not assumed: at load,
+log-probabilities are compared on a sample with those of the model as transformers built it, and so is a
+padded row with an unpadded one (a model that looks ahead would differ).
 
 Invariant: a model whose own logits the chunked head does not reproduce is refused.
 """
@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_tokedit.errors import PriorError
 from megatron_tokedit.scoring.head import OutputHead
+from megatron_tokedit.scoring.huggingface_layers import speed_up
 from megatron_tokedit.scoring.identity import UNLIMITED_TOKENS
-from megatron_tokedit.scoring.packed import speed_up
 from megatron_tokedit.scoring.scorer import ModelSize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -67,7 +67,7 @@ def test_forwards_keep_the_budgets():
     backbone = BigramBackbone(random_bigrams(VOCAB, seed=2), max_context_tokens=8)
     CausalScorer(backbone, options(start_id=1)).score(documents())
     assert all(rows * length <= 32 and length <= 8 for rows, length in backbone.forward_shapes)
-    assert len(backbone.forward_shapes) < sum(map(len, documents())) / 16
+    assert len(backbone.forward_shapes) < sum(map(len, documents())) / 12  # little is padded, too
 
 
 def test_tiles_never_exceed_the_byte_budget(monkeypatch):
