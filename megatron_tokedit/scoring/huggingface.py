@@ -79,8 +79,16 @@ class HuggingFaceBackbone:
     @torch.inference_mode()
     def _check(self, path: str, ids_1L: torch.Tensor, own_LV: torch.Tensor) -> None:
         """Compare the chunked head with the model's own answer, and a padded row with an unpadded one."""
-        ours_LV = self.head.logits(self.hidden_states(ids_1L)[0]).log_softmax(-1)
-        tolerance = _TOLERANCE[self.head.weight_VH.dtype]
+        logits_LV = self.head.logits(self.hidden_states(ids_1L)[0])
+        if not (logits_LV.isfinite().all() and own_LV.isfinite().all()):
+            raise PriorError(
+                f"{path}: log-probabilities of a sample are not finite numbers; the weights are damaged, or "
+                "the precision does not suffice (try --prior-dtype float32)"
+            )
+        ours_LV = logits_LV.log_softmax(-1)
+        dtype = self.head.weight_VH.dtype
+        rounding = 4 * torch.finfo(dtype).eps * logits_LV.abs().max().item()
+        tolerance = max(_TOLERANCE[dtype], rounding)
         difference = (own_LV - ours_LV).abs().max().item()
         if not difference <= tolerance:
             raise PriorError(
