@@ -129,7 +129,7 @@ def _add_prior_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prior-overlap", type=int, metavar="N", help="of them context only (default: 512, or a quarter)"
     )
-    group.add_argument("--prior-batch-tokens", type=int, metavar="N", help="a forward (default: 8192)")
+    group.add_argument("--prior-batch-tokens", type=int, metavar="N", help="a forward (default: 4096)")
     group.add_argument(
         "--prior-logits-bytes", type=int, metavar="N", help="peak memory of the head (default: 128 MiB)"
     )

@@ -86,7 +86,7 @@ class PreprocessConfig(Section):
     """Tokens of a window that are context only; default 512, or a quarter of the window where that is
     smaller.
     """
-    prior_batch_tokens: PositiveInt = 8192
+    prior_batch_tokens: PositiveInt = 4096
     """Positions a forward, padding included."""
     prior_logits_bytes: PositiveInt = 128 << 20
     """Peak memory of the scoring head."""

@@ -20,7 +20,7 @@ from megatron_tokedit.scoring.memory import ChunkLimit
 from megatron_tokedit.scoring.packed import can_pack, pack, packed_linear
 
 _CPU_COLUMNS = 1024
-_CPU_ROWS = 1024
+_CPU_ROWS = 512
 _COPIES = 4
 """float32 [n, V] buffers alive at once where candidates are looked for in whole rows."""
 
