@@ -43,6 +43,7 @@ from megatron_tokedit.dataset import (
 )
 from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
 from megatron_tokedit.dataset.undo import edited_positions
+from megatron_tokedit.edit.rules import rule_in_words
 from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.tokenizers import Tokenizer
 
@@ -166,7 +167,6 @@ _SETTINGS_IN_WORDS = (
     "generation",
     "generations",
 )
-_BOUNDS = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
 
 
 def edit_in_words(edit: Mapping[str, Any] | None) -> Iterator[str]:
@@ -178,7 +178,7 @@ def edit_in_words(edit: Mapping[str, Any] | None) -> Iterator[str]:
         for part in edit["parts"]:
             yield f"{part.get('num_documents', '?')} documents: {'; '.join(edit_in_words(part.get('edit')))}"
         return
-    rules = [_rule_in_words(rule) for rule in edit.get("rules") or ()]
+    rules = [rule_in_words(rule) for rule in edit.get("rules") or ()]
     yield ": ".join(filter(None, (edit.get("strategy"), ", ".join(rules))))
     if edit.get("sampler"):
         knobs = {"k": edit.get("top_k"), "p": edit.get("top_p"), "temperature": edit.get("temperature")}
@@ -193,11 +193,6 @@ def edit_in_words(edit: Mapping[str, Any] | None) -> Iterator[str]:
     }
     if others:
         yield ", ".join(f"{name} {value}" for name, value in others.items())
-
-
-def _rule_in_words(rule: Mapping[str, Any]) -> str:
-    bounds = [f"p {sign} {rule[name]}" for name, sign in _BOUNDS.items() if rule.get(name) is not None]
-    return f"{rule.get('action')} where {' and '.join(bounds) or 'any'}"
 
 
 def _counts_in_words(counts: Mapping[str, int]) -> Iterator[str]:
@@ -246,15 +241,11 @@ def _lengths(dataset: IndexedDataset, on: Screen) -> Iterator[str]:
 
 def _document_lengths(dataset: IndexedDataset) -> Iterator[npt.NDArray[np.int64]]:
     """Tokens of each document, in chunks."""
-    starts = dataset.sequence_pointers
     for first in range(0, dataset.num_documents, _CHUNK_ITEMS):
         ends = dataset.document_ends[first : first + _CHUNK_ITEMS + 1]
         if ends.min() < 0 or ends.max() > dataset.num_sequences:
             raise DataFormatError(f"{dataset.prefix}.idx: document ends outside the dataset; it is damaged")
-        offsets = np.full(len(ends), dataset.num_tokens, np.int64)
-        inside = ends < dataset.num_sequences
-        offsets[inside] = starts[ends[inside]] // dataset.dtype.itemsize
-        lengths = np.diff(offsets)
+        lengths = np.diff(dataset.token_offsets(ends))
         if (lengths < 0).any():
             raise DataFormatError(f"{dataset.prefix}.idx: a document of negative length; it is damaged")
         yield lengths

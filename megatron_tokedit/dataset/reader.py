@@ -89,6 +89,17 @@ class IndexedDataset:
             )
         return self.tokens[first : first + length]
 
+    def token_offsets(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens before each sequence, as the index says; all tokens before the one after the last.
+
+        Args:
+            sequences: numbers of sequences, from 0 to ``num_sequences``.
+        """
+        offsets = np.full(len(sequences), self.num_tokens, np.int64)
+        inside = sequences < self.num_sequences
+        offsets[inside] = self.sequence_pointers[sequences[inside]] // self.dtype.itemsize
+        return offsets
+
     def document(self, index: int) -> list[npt.NDArray[np.integer]]:
         """The sequences of document ``index``; empty for an empty document.
 

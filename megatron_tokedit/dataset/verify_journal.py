@@ -153,7 +153,7 @@ def _chunks(dataset: IndexedDataset, journal: Journal) -> Iterator[_Chunk]:
         end_entry, end_length = int(entry_ends[end_row - 1]), int(length_ends[end_row - 1])
         yield _Chunk(
             documents_R=documents,
-            num_edited_tokens_R=_token_offsets(dataset, end) - _token_offsets(dataset, first),
+            num_edited_tokens_R=dataset.token_offsets(end) - dataset.token_offsets(first),
             num_edited_sequences_R=end - first,
             num_entries_R=np.diff(entry_ends[row:end_row], prepend=entry),
             num_lengths_R=np.diff(length_ends[row:end_row], prepend=length),
@@ -163,11 +163,3 @@ def _chunks(dataset: IndexedDataset, journal: Journal) -> Iterator[_Chunk]:
             lengths=column("sequence_lengths")[length:end_length].astype(np.int64),
         )
         row, entry, length = end_row, end_entry, end_length
-
-
-def _token_offsets(dataset: IndexedDataset, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Tokens before each sequence; before the one after the last: all."""
-    offsets = np.full(len(sequences), dataset.num_tokens, np.int64)
-    inside = sequences < dataset.num_sequences
-    offsets[inside] = dataset.sequence_pointers[sequences[inside]] // dataset.dtype.itemsize
-    return offsets

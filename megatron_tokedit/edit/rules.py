@@ -40,7 +40,8 @@ class Action(IntEnum):
     DROP = 2
 
 
-BOUNDS = ("at_least", "above", "at_most", "below")
+_SIGNS = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
+BOUNDS = tuple(_SIGNS)
 """The conditions that a rule may have."""
 _ACTION_OF_NAME = {"resample": Action.RESAMPLE, "drop": Action.DROP}
 
@@ -229,6 +230,12 @@ def _rule_faults(item: Any) -> Iterator[str]:
         value = item.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, int | float):
             yield f".{name}={value!r}: expected a probability, a number between 0 and 1"
+
+
+def rule_in_words(rule: Mapping[str, Any]) -> str:
+    """An item of :meth:`Rules.to_json` as a person says it: ``resample where p >= 0.99``."""
+    bounds = [f"p {sign} {rule[name]}" for name, sign in _SIGNS.items() if rule.get(name) is not None]
+    return f"{rule.get('action')} where {' and '.join(bounds) or 'any'}"
 
 
 def _log32(probability: float) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit, read_unit
 from megatron_tokedit.dataset import best_dtype
+from megatron_tokedit.edit.rules import rule_in_words
 from megatron_tokedit.errors import PlanError, TokeditError
 from megatron_tokedit.pipeline.estimate import estimate
 from megatron_tokedit.pipeline.job import refuse_overwriting, setting_warnings
@@ -83,9 +84,10 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
         known = recorded_prior_files(workdir.plan) if config.edits and not restart else None
         prior = report.attempt(lambda: find_prior(config, found.text, known=known))
         plan = report.attempt(lambda: make_plan(config, found, prior, recorded))
-        report.lines += _describe(config, prior, plan)
+        workers = count_workers(config, prior, len(plan.units)) if plan is not None else 0
+        report.lines += _describe(config, prior, plan, workers)
     if plan is not None and tokenizers is not None:
-        planned, workers = plan, count_workers(config, prior, len(plan.units))
+        planned = plan
         if recorded is not None:
             report.attempt(lambda: refuse_changes(recorded, planned, workdir.plan))
         report.attempt(lambda: _check_first_documents(config, planned))
@@ -113,7 +115,9 @@ def _describe_tokenizers(tokenizers: JobTokenizers) -> list[str]:
     return [*lines, f"written as  {dtype}"]
 
 
-def _describe(config: PreprocessConfig, prior: PriorPlan | None, plan: Plan | None) -> list[str]:
+def _describe(
+    config: PreprocessConfig, prior: PriorPlan | None, plan: Plan | None, workers: int
+) -> list[str]:
     """Prior, inputs, units and outputs."""
     lines = []
     if prior is not None:
@@ -132,7 +136,6 @@ def _describe(config: PreprocessConfig, prior: PriorPlan | None, plan: Plan | No
         if len(plan.inputs) > _SHOWN_FILES:
             lines.append(f"input       ... {len(plan.inputs)} files in all")
         text_bytes = sum(unit.num_bytes for unit in plan.units)
-        workers = count_workers(config, prior, len(plan.units))
         lines.append(
             f"work        {len(plan.units):,} unit{'s' if len(plan.units) > 1 else ''}, "
             f"{plan.num_documents:,} documents, {text_bytes:,} bytes of input, "
@@ -150,12 +153,7 @@ def _describe_edit(plan: Plan | None) -> list[str]:
     """The edit settings of a plan, and its rules one by one."""
     settings = dict(plan.settings["edit"]) if plan is not None else {}
     settings.pop("generation", None)  # the last one: the same number as generations
-    signs = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
-    rules = [
-        f"{rule['action']} where "
-        + " and ".join(f"p {signs[name]} {bound}" for name, bound in rule.items() if name != "action")
-        for rule in settings.pop("rules", [])
-    ]
+    rules = map(rule_in_words, settings.pop("rules", []))
     shown = [f"{name} {value}" for name, value in settings.items() if value not in (None, False)]
     return [f"rule        {rule}" for rule in rules] + ([f"edit        {', '.join(shown)}"] if shown else [])
 

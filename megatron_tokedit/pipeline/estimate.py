@@ -19,7 +19,7 @@ from megatron_tokedit.dataset import best_dtype
 from megatron_tokedit.edit.editor import Candidates
 from megatron_tokedit.edit.random import document_key
 from megatron_tokedit.edit.statistics import EditStatistics
-from megatron_tokedit.pipeline.groups import EncodedKey, Fate, GroupReader, Sequences, spelling
+from megatron_tokedit.pipeline.groups import EncodedKey, Fate, GroupReader, Sequences, spelled_in_words
 from megatron_tokedit.pipeline.method import candidate_request, make_editor
 from megatron_tokedit.pipeline.placement import usable_bytes
 from megatron_tokedit.pipeline.plan import Plan
@@ -187,10 +187,7 @@ def _sample_warnings(config: PreprocessConfig, tokenizers: JobTokenizers, sample
     """What of the sample's text deserves a word."""
     lines = []
     if sample.spelled:
-        spelled = ", ".join(
-            f"{spelling(tokenizers.written, int(id_))} {number} times"
-            for id_, number in sample.spelled.items()
-        )
+        spelled = spelled_in_words(tokenizers.written, sample.spelled)
         lines.append(
             f"warning     the sample's text spells control tokens ({spelled}), which become these tokens; "
             "--special-tokens-in-text split makes them ordinary text"

@@ -8,7 +8,7 @@ them is settled here, before anything is scored.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -195,6 +195,11 @@ def spelling(tokenizer: Tokenizer, control_id: int) -> str:
     """How a text spells a control id."""
     template = np.array([*tokenizer.prefix_ids, control_id, *tokenizer.suffix_ids], np.int32)
     return tokenizer.decode(template)
+
+
+def spelled_in_words(tokenizer: Tokenizer, spelled: Mapping[str, int]) -> str:
+    """Which control tokens a text spells, and how often, from the counts by id."""
+    return ", ".join(f"{spelling(tokenizer, int(id_))} {number} times" for id_, number in spelled.items())
 
 
 def _beyond_template(tokenizer: Tokenizer, hits: npt.NDArray[np.int32]) -> int:

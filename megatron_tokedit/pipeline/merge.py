@@ -57,8 +57,11 @@ def merge(
         PlanError: a missing or damaged marker or part, or the prior ran on several kinds of device.
     """
     totals = Totals()
+    checksums_of: dict[int, dict[str, dict[str, str]]] = {}
     for unit in plan.units:
-        totals.add(UnitResult.load(workdir.unit_marker(unit.unit_id)))
+        result = UnitResult.load(workdir.unit_marker(unit.unit_id))
+        totals.add(result)
+        checksums_of[unit.unit_id] = {name: counts.checksums for name, counts in result.keys.items()}
     check_bad_lines(totals.bad_lines, totals.bad_examples, config.max_bad_lines)
     check_devices(totals.devices)
     if totals.documents_in == totals.bad_lines:
@@ -68,7 +71,7 @@ def merge(
             output = workdir.output(name)
             for suffix in (".manifest.json", ".edits"):  # they would belong to an older dataset
                 Path(output + suffix).unlink(missing_ok=True)
-            checksums = _join_units(prior, plan, workdir, name)
+            checksums = _join_units(prior, checksums_of, workdir, name)
             statistics = dataset_statistics(config, tokenizers, totals, name)
             atomic_write_bytes(f"{output}.stats.json", orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
             manifest = _manifest(config, tokenizers, prior, plan, totals, (key, name, generation), checksums)
@@ -111,34 +114,48 @@ def output_files(config: PreprocessConfig, workdir: WorkDir) -> Iterator[str]:
                 yield workdir.output(name) + suffix
 
 
-def _join_units(prior: PriorPlan | None, plan: Plan, workdir: WorkDir, name: str) -> dict[str, str]:
-    """Write dataset and journal of one name; returns their checksums."""
+def _join_units(
+    prior: PriorPlan | None,
+    checksums_of: dict[int, dict[str, dict[str, str]]],
+    workdir: WorkDir,
+    name: str,
+) -> dict[str, str]:
+    """Write dataset and journal of one name; returns their checksums.
+
+    Args:
+        prior: of the job, if it edits.
+        checksums_of: unit -> name -> suffix -> SHA-256 (hex) of what it wrote, in the order of the plan.
+        workdir: of the job.
+        name: of the dataset.
+    """
+
+    def check(unit_id: int, *suffixes: str) -> None:
+        sums = checksums_of[unit_id][name]
+        _check_part(workdir, unit_id, name, {suffix: sums[suffix] for suffix in suffixes if suffix in sums})
+
     output = workdir.output(name)
-    parts = {workdir.unit_part(unit.unit_id, name): unit.unit_id for unit in plan.units}
-    for unit_id in parts.values():
-        _check_part(workdir, unit_id, name, (".idx", ".edits"))
-    summary = merge_datasets(
-        list(parts), output, on_part=lambda part: _check_part(workdir, parts[part], name, (".bin",))
-    )
+    parts = {workdir.unit_part(unit_id, name): unit_id for unit_id in checksums_of}
+    for unit_id in checksums_of:
+        check(unit_id, ".idx", ".edits")
+    summary = merge_datasets(list(parts), output, on_part=lambda part: check(parts[part], ".bin"))
     checksums = {"bin": summary.bin_sha256, "idx": summary.idx_sha256}
     if prior is not None:
         checksums["edits"] = merge_journals([f"{part}.edits" for part in parts], f"{output}.edits")
     return checksums
 
 
-def _check_part(workdir: WorkDir, unit_id: int, name: str, suffixes: tuple[str, ...]) -> None:
+def _check_part(workdir: WorkDir, unit_id: int, name: str, checksums: dict[str, str]) -> None:
     """Refuse a unit's files that are not those it wrote.
 
     Raises:
         PlanError: one is missing or damaged.
     """
-    marker = workdir.unit_marker(unit_id)
-    for suffix, sha256 in UnitResult.load(marker).keys[name].checksums.items():
+    for suffix, sha256 in checksums.items():
         path = workdir.unit_part(unit_id, name) + suffix
-        if suffix in suffixes and (not os.path.isfile(path) or sha256_of_file(path) != sha256):
+        if not os.path.isfile(path) or sha256_of_file(path) != sha256:
             raise PlanError(
-                f"{path}: is missing or not what work unit {unit_id} wrote; remove {marker} and run again to "
-                "do the unit anew"
+                f"{path}: is missing or not what work unit {unit_id} wrote; remove "
+                f"{workdir.unit_marker(unit_id)} and run again to do the unit anew"
             )
 
 

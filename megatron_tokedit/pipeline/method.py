@@ -59,10 +59,11 @@ def edit_settings(config: PreprocessConfig, generation: int | None = None) -> di
     Raises:
         ConfigError: a rule is not one.
     """
-    resamples = bool(edit_method(config).rules.resample_intervals)
+    rules = _rules(config)
+    resamples = bool(rules.resample_intervals)
     return {
         "strategy": config.strategy,
-        "rules": edit_method(config).rules.to_json(),
+        "rules": rules.to_json(),
         "sampler": config.edit_sampler if resamples else None,
         "top_k": config.top_k if resamples else None,
         "top_p": config.edit_top_p if resamples and config.edit_sampler == "top_p" else None,

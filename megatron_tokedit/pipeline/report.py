@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.edit.statistics import MARGIN, EditStatistics
-from megatron_tokedit.pipeline.groups import spelling
+from megatron_tokedit.pipeline.groups import spelled_in_words, spelling
 from megatron_tokedit.pipeline.resources import JobTokenizers
 from megatron_tokedit.pipeline.results import NOT_WRITABLE, ROUND_TRIP, Totals
 
@@ -83,10 +83,7 @@ def remarks(config: PreprocessConfig, tokenizers: JobTokenizers, totals: Totals,
     """What the user should be warned of in a finished dataset."""
     counts = totals.keys[name]
     if counts.spelled:
-        spelled = ", ".join(
-            f"{spelling(tokenizers.written, int(id_))} {number} times"
-            for id_, number in counts.spelled.items()
-        )
+        spelled = spelled_in_words(tokenizers.written, counts.spelled)
         yield (
             f"the text itself spells control tokens ({spelled}), which became these tokens, as in "
             "Megatron-LM; --special-tokens-in-text split makes them ordinary text"

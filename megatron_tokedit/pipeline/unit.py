@@ -7,13 +7,10 @@ either counts as a whole or is done again.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
@@ -34,6 +31,7 @@ from megatron_tokedit.pipeline.results import (
     count,
 )
 from megatron_tokedit.pipeline.workdir import WorkDir, make_folder
+from megatron_tokedit.scoring.resident import peak_resident_bytes
 from megatron_tokedit.tokenizers import append_eod
 
 Advance = Callable[[int, int], None]
@@ -202,15 +200,3 @@ class UnitWorker:
     def _ended(self, sequences: Sequences) -> Sequences:
         """The sequences with the end-of-document id, where it is wanted."""
         return append_eod(sequences, self._written.eod) if self._config.append_eod else sequences
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far.
-
-    On Linux not of getrusage, which remembers what the parent held when it started this process.
-    """
-    with suppress(OSError, IndexError, ValueError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

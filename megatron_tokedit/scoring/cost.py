@@ -5,17 +5,16 @@ Invariant: all of it is measured here and now or counted from the model; nothing
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megatron_tokedit.scoring.base import CandidateRequest
+from megatron_tokedit.scoring.resident import peak_resident_bytes
 from megatron_tokedit.scoring.scorer import CausalScorer
 
 _MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
@@ -113,11 +112,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has had so far, on the device where it scores."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    try:  # ru_maxrss of a child process begins with what its parent had
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # no Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return peak_resident_bytes()
 
 
 def _finish(device: torch.device) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from contract import options
 
 from megatron_tokedit.errors import ConfigError, PriorError
 from megatron_tokedit.scoring import head
 from megatron_tokedit.scoring.base import CandidateRequest
 from megatron_tokedit.scoring.candidates import top_candidates
 from megatron_tokedit.scoring.head import OutputHead, TiledHead
-from megatron_tokedit.scoring.scorer import CausalScorer, ScoringOptions
+from megatron_tokedit.scoring.scorer import CausalScorer
 from megatron_tokedit.testing.fake_prior import BigramBackbone, BigramScorer, random_bigrams
 
 VOCAB = 31
@@ -21,17 +22,6 @@ LENGTHS = (0, 1, 2, 7, 8, 9, 40, 3, 1, 100)
 def documents(seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB, n).astype(np.int32) for n in LENGTHS]
-
-
-def options(**changes):
-    settings = {
-        "context_tokens": 8,
-        "overlap_tokens": 3,
-        "start_id": None,
-        "batch_tokens": 32,
-        "logits_bytes": 1 << 20,
-    }
-    return ScoringOptions(**(settings | changes))
 
 
 @pytest.mark.parametrize("bos", [None, 1])
