@@ -21,6 +21,7 @@ from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.errors import ConfigError, PlanError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.pipeline.interrupts import Interrupts
 from megatron_tokedit.pipeline.merge import clean_up, is_complete, merge
 from megatron_tokedit.pipeline.method import useless_sampler
 from megatron_tokedit.pipeline.plan import (
@@ -195,34 +196,24 @@ def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Pro
     pending = [unit for unit in share if unit.unit_id not in finished_ids]
     if not pending:
         return
-    config, prior = job.config, job.prior
-    workers = count_workers(config, prior, len(pending))
-    logger.info(
-        "work units to do: %d, done before: %d; workers: %d; text encoded by %s",
-        len(pending),
-        len(finished),
-        workers,
-        job.tokenizers.text.encoder,
-    )
-    bad_lines, examples = 0, list[str]()
-    for unit in finished:
-        result = UnitResult.load(job.workdir.unit_marker(unit.unit_id))
-        check_devices((result.device, prior.device if prior else None))
-        bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
+    workers = count_workers(job.config, job.prior, len(pending))
     dead: list[DeadWorker] = []
-    results: Generator[UnitResult, None, None]
-    if isolate or workers > 1:
-        results = run_in_workers(config, prior, pending, workers, progress, dead)
-    else:
-        results = run_in_process(config, job.tokenizers, prior, pending, progress)
-    progress.start(_documents(share), _documents(finished))
-    try:
-        with closing(results):  # ends the workers at once, whatever goes wrong here
-            for result in results:
-                bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
-                check_bad_lines(bad_lines, examples, config.max_bad_lines)
-    finally:
-        progress.close()
+    in_workers = isolate or workers > 1
+    with Interrupts(raise_at_once=not in_workers) as interrupts:
+        logger.info(
+            "work units to do: %d, done before: %d; workers: %d; text encoded by %s",
+            len(pending),
+            len(finished),
+            workers,
+            job.tokenizers.text.encoder,
+        )
+        results: Generator[UnitResult, None, None]
+        if in_workers:
+            results = run_in_workers(job.config, job.prior, pending, workers, progress, dead, interrupts)
+        else:
+            results = run_in_process(job.config, job.tokenizers, job.prior, pending, progress, interrupts)
+        progress.start(_documents(share), _documents(finished))
+        _take_results(job, finished, results, progress)
     undone = [unit for unit in pending if not job.is_done(unit)]
     for worker in dead:
         logger.warning("%s", worker)
@@ -230,6 +221,24 @@ def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Pro
         are = "work unit is" if len(undone) == 1 else "work units are"
         what = f"{len(undone)} {are} not done; run the same command again:"
         raise PlanError("\n  ".join([what, *map(str, dead)]))
+
+
+def _take_results(
+    job: _Job, finished: Sequence[WorkUnit], results: Generator[UnitResult, None, None], progress: Progress
+) -> None:
+    """Look at the results of finished units and at those to come."""
+    bad_lines, examples = 0, list[str]()
+    try:
+        with closing(results):  # ends the workers at once, whatever goes wrong here
+            for unit in finished:
+                result = UnitResult.load(job.workdir.unit_marker(unit.unit_id))
+                check_devices((result.device, job.prior.device if job.prior else None))
+                bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
+            for result in results:
+                bad_lines, examples = bad_lines + result.bad_lines, examples + result.bad_examples
+                check_bad_lines(bad_lines, examples, job.config.max_bad_lines)
+    finally:
+        progress.close()
 
 
 def _documents(units: Sequence[WorkUnit]) -> int:

@@ -25,6 +25,7 @@ from megatron_tokedit import log
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.pipeline.interrupts import Interrupts
 from megatron_tokedit.pipeline.placement import usable_bytes, usable_cores
 from megatron_tokedit.pipeline.progress import Progress
 from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, load_tokenizers
@@ -33,6 +34,7 @@ from megatron_tokedit.pipeline.unit import UnitWorker
 
 logger = log.get_logger(__name__)
 _STOP_SECONDS = 5.0
+_ANSWER_SECONDS = 0.2  # to Ctrl-C
 _MEMORY_SHARE = 0.8
 """Of the memory that is free, what the workers' priors may take by default."""
 
@@ -89,10 +91,12 @@ def run_in_process(
     prior: PriorPlan | None,
     units: Sequence[WorkUnit],
     progress: Progress,
+    interrupts: Interrupts,
 ) -> Generator[UnitResult, None, None]:
     """Do the units in this process, in order."""
     worker = UnitWorker(config, tokenizers, prior)
     for unit in units:
+        interrupts.check()
         yield worker.process(unit, progress.advance)
 
 
@@ -103,6 +107,7 @@ def run_in_workers(
     num_workers: int,
     progress: Progress,
     dead: list[DeadWorker],
+    interrupts: Interrupts,
 ) -> Generator[UnitResult, None, None]:
     """Do the units in several processes, handing them out in order.
 
@@ -113,12 +118,14 @@ def run_in_workers(
         num_workers: processes.
         progress: told as groups are done.
         dead: workers that died are appended here.
+        interrupts: asked several times a second.
 
     Yields:
         Results, in the order in which they are finished.
 
     Raises:
         TokeditError: the first that a worker reported; the other workers are stopped.
+        KeyboardInterrupt: likewise.
     """
     waiting = list(reversed(units))
     workers: list[_Worker] = []
@@ -128,7 +135,9 @@ def run_in_workers(
                 workers.append(_start(config, prior, index, num_workers))
         while workers:
             by_connection: dict[Any, _Worker] = {worker.connection: worker for worker in workers}
-            for connection in wait(list(by_connection)):
+            ready = wait(list(by_connection), _ANSWER_SECONDS)
+            interrupts.check()
+            for connection in ready:
                 worker = by_connection[connection]
                 try:
                     kind, content = worker.connection.recv()
