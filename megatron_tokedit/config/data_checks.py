@@ -1,0 +1,67 @@
+"""Checks of the data sources, alone and against model and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megatron_tokedit.config.data import DataConfig, SourceConfig, TokenizerConfig
+from megatron_tokedit.config.faults import Fault, KeyPath
+from megatron_tokedit.config.model import ModelConfig
+from megatron_tokedit.config.raw_sources import json_keys, output_prefix_and_key, preprocessing_of
+from megatron_tokedit.errors import ConfigError
+
+
+def _sources(data: DataConfig) -> Iterator[Fault]:
+    for split, sources in (("train", data.train), ("validation", data.validation)):
+        first_index: dict[str, int] = {}
+        for index, source in enumerate(sources):
+            path = ("data", split, index)
+            first = first_index.setdefault(source.name, index)
+            if first != index:
+                yield Fault((*path, "name"), f"{source.name!r} is also the name of data.{split}.{first}")
+            yield from _prefix(path, source)
+
+
+def _prefix(path: KeyPath, source: SourceConfig) -> Iterator[Fault]:
+    for suffix in (".bin", ".idx"):
+        if source.prefix.endswith(suffix):
+            yield Fault(
+                (*path, "prefix"),
+                f"got {source.prefix!r}, expected {source.prefix.removesuffix(suffix)!r} (without {suffix})",
+            )
+    if source.input is not None and output_prefix_and_key(source) is None:
+        key = json_keys(source)[0]
+        yield Fault(
+            (*path, "prefix"),
+            f"got {source.prefix!r}, expected a name that ends in _{key}_document, because the dataset is "
+            f"made from `input` under its JSON key: {source.prefix}_{key}_document",
+        )
+
+
+def _edits(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[Fault]:
+    for split, sources in (("train", data.train), ("validation", data.validation)):
+        for index, source in enumerate(sources):
+            path = ("data", split, index, "edit")
+            if source.input is not None:
+                try:
+                    preprocessing_of(source, tokenizer)
+                except ConfigError as error:
+                    yield Fault(path, str(error))
+            elif source.edit is not None:
+                yield Fault(path, "there is nothing to edit: `input` (raw text files) is not given")
+
+
+def _position_resets(model: ModelConfig, data: DataConfig) -> Iterator[Fault]:
+    if data.reset_position_ids and not data.reset_attention_mask and model.family == "llama":
+        yield Fault(
+            ("data", "reset_position_ids"),
+            "has no effect on rotary positions, which are relative; remove it, or separate the documents "
+            "with reset_attention_mask",
+        )
+
+
+CHECKS: tuple[Callable[..., Iterator[Fault]], ...] = (
+    _sources,
+    _edits,
+    _position_resets,
+)
