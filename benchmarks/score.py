@@ -3,13 +3,13 @@
     python benchmarks/score.py                                        # random ids, lengths as of web text
     python benchmarks/score.py --text corpus.txt --tokenizer gpt2/    # a text of one's own
 
-The prior has GPT-2's shape and random weights. Each contestant has a process of its own, so that none works
-with memory that another left behind; they take turns, round by round, over the same documents (cut to the
-context), so that whatever else the machine does hits all of them. The table shows medians over the rounds
+The prior has GPT-2's shape and random weights. Each contestant has processes of its own, so that none works
+with memory that another left behind, as many as the machine has cores with one thread each: what
+`tools/preprocess_edit.py` does by default. They take turns, round by round, over the same documents (cut to
+the context), so that whatever else the machine does hits all of them. The table shows medians over the rounds
 and the best round; shares are of the matrix-product rate measured in the same round, and of best to best.
-Where other processes compete for the cores, trust the best. Floating-point
-operations are those of real tokens: 2 x parameters of matrix products, output layer included, and causal
-attention.
+Where other processes compete for the cores, trust the best. Floating-point operations are those of real
+tokens: 2 x parameters of matrix products, output layer included, and causal attention.
 
 "Plain, batch 1": one document after the other, `log_softmax` of float32 logits. "Plain, padded 8": eight
 documents as they come, padded, attention mask, full float32 `log_softmax`. "Best plain": our batches of
@@ -214,46 +214,53 @@ def serve(connection: Any, name: str, folder: str, docs: Documents, args: argpar
         connection.send((time.perf_counter() - begin, peak_memory_bytes(torch.device("cpu"))))
 
 
-class Process:
-    """A contestant in a process of its own."""
+class Team:
+    """A contestant in as many processes of its own as ``--processes`` says, each over the same documents."""
 
     def __init__(self, name: str, folder: str, docs: Documents, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, name, folder, docs, args), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._members: list[tuple[Any, Any]] = []
+        for _ in range(args.processes):
+            ours_, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, name, folder, docs, args), daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((process, ours_))
 
-    def run(self) -> Any:
-        """One run; what the process answers."""
-        self._connection.send(True)
-        return self._connection.recv()
+    def run(self) -> list[Any]:
+        """One run in each process at the same time; what they answer."""
+        for _, connection in self._members:
+            connection.send(True)
+        return [connection.recv() for _, connection in self._members]
 
     def close(self) -> None:
-        """End the process."""
-        self._connection.send(False)
-        self._process.join()
+        """End the processes."""
+        for process, connection in self._members:
+            connection.send(False)
+            process.join()
 
 
 def measure(folder: str, docs: Documents, args: argparse.Namespace) -> Measured:
     """Every contestant in every round, after an unmeasured one; product rates before every contestant, of
     which the median of a round counts.
     """
-    processes = {name: Process(name, folder, docs, args) for name in (PRODUCTS, *CONTESTANTS)}
+    teams = {name: Team(name, folder, docs, args) for name in (PRODUCTS, *CONTESTANTS)}
     measured = Measured({name: [] for name in CONTESTANTS}, {dtype: [] for dtype in DTYPES}, {})
     for index in range(args.rounds + 1):
         rates: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
         for name in CONTESTANTS:
-            for dtype, rate in processes[PRODUCTS].run().items():
-                rates[dtype].append(rate)
-            seconds, measured.memory[name] = processes[name].run()
+            answers = teams[PRODUCTS].run()
+            for dtype in DTYPES:
+                rates[dtype].append(sum(answer[dtype] for answer in answers))
+            answers = teams[name].run()
+            measured.memory[name] = max(peak for _, peak in answers)
             if index:
-                measured.seconds[name].append(seconds)
+                measured.seconds[name].append(max(seconds for seconds, _ in answers))
         if index:
             for dtype, found in rates.items():
                 measured.rates[dtype].append(statistics.median(found))
-    for process in processes.values():
-        process.close()
+    for team in teams.values():
+        team.close()
     return measured
 
 
@@ -296,7 +303,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="Hugging Face tokenizer folder for --text")
     parser.add_argument("--tokens", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="workers (as --workers)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of each (as --prior-threads)")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--logits-bytes", type=int, default=128 << 20)
     parser.add_argument("--eligible", type=float, default=0.15, help="share of tokens that are edited")
@@ -312,14 +322,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     docs = documents(args)
     num_tokens = sum(map(len, docs))
+    threads = f"{args.processes} processes of {args.threads} threads"
     with tempfile.TemporaryDirectory() as folder:
         write_prior(folder)
         flops = count_flops(ours(folder, "float32", args), [len(ids_T) for ids_T in docs])
         print(
-            f"GPT-2 124M, {len(docs)} documents, {num_tokens} tokens, {args.threads} threads, "
+            f"GPT-2 124M, {len(docs)} documents, {num_tokens} tokens a process, {threads}, "
             f"batches of {args.batch_tokens} tokens, {flops / num_tokens / 1e6:.0f} MFLOP a token"
         )
-        report(measure(folder, docs, args), num_tokens, flops)
+        report(measure(folder, docs, args), num_tokens * args.processes, flops * args.processes)
 
 
 if __name__ == "__main__":
