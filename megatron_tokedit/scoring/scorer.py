@@ -2,8 +2,9 @@
 
 Each batch goes through three steps: *launch* (forward and log-probabilities), *select* (which rows need
 candidates, and the head again for them) and *collect* (candidates into main memory). On a CPU they follow
-one another. On a GPU they are deferred: batch i + 1 is launched before batch i is selected and batch i - 1
-collected, so what the host waits for was queued before work that still keeps the device busy.
+one another, and rows wait until they are enough for efficient products. On a GPU they are deferred: batch
+i + 1 is launched before batch i is selected and batch i - 1 collected, so what the host waits for was queued
+before work that still keeps the device busy.
 
 Invariant: batches are formed among the documents of one call only, so a document's scores do not depend on
 who scores it; a forward takes at most ``batch_tokens`` positions (or one window) and the head at most
@@ -19,7 +20,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ from megatron_tokedit.scoring.windows import Window, plan_batches, plan_windows
 logger = get_logger(__name__)
 
 Documents = Sequence[npt.NDArray[np.int32]]
+_SEARCH_ROWS = 512
+"""Rows whose candidates are looked for together on a CPU: every column block's weights are read once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +105,61 @@ class _Launched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Selected:
-    """A batch whose candidates are on their way; ``rows_E`` index its scored tokens."""
+class _Wanted:
+    """Rows that need candidates, with what the head's first pass found out about them.
 
-    launched: _Launched
-    rows_E: npt.NDArray[np.int64]
+    Attributes:
+        places_E: int64 ``[E]``: flat index among all tokens of the call.
+        hidden_EH: ``[E, H]``.
+        normalisers_E: float32 ``[E]``.
+        maxima_CE: float32 ``[C, E]``, by column block.
+    """
+
+    places_E: npt.NDArray[np.int64]
+    hidden_EH: torch.Tensor
+    normalisers_E: torch.Tensor
+    maxima_CE: torch.Tensor
+
+    @classmethod
+    def of_batch(cls, launched: _Launched, rows_E: npt.NDArray[np.int64]) -> Self:
+        """Some rows of a batch."""
+        rows = upload(rows_E, launched.hidden_NH.device)
+        scores = launched.scores
+        return cls(
+            launched.batch.places_N[rows_E],
+            launched.hidden_NH[rows],
+            scores.normalisers_N[rows],
+            scores.maxima_CN[:, rows],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.places_E for part in parts]),
+            torch.cat([part.hidden_EH for part in parts]),
+            torch.cat([part.normalisers_E for part in parts]),
+            torch.cat([part.maxima_CE for part in parts], dim=1),
+        )
+
+    def where(self, is_kept_E: npt.NDArray[np.bool_]) -> _Wanted:
+        """The rows for which it holds."""
+        rows = upload(np.flatnonzero(is_kept_E), self.hidden_EH.device)
+        return _Wanted(
+            self.places_E[is_kept_E],
+            self.hidden_EH[rows],
+            self.normalisers_E[rows],
+            self.maxima_CE[:, rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """Rows whose candidates are on their way."""
+
+    wanted: _Wanted
     found: Download
 
 
@@ -227,6 +280,7 @@ class _Call:
         self._ids_G, self._offsets = ids_G, offsets
         self._on_batch = on_batch
         self._launched: deque[_Launched] = deque()
+        self._waiting: list[_Wanted] = []
         self._selected: deque[_Selected] = deque()
         self.logprobs_G = np.full(len(ids_G), np.nan, np.float32)
         self.found: list[RaggedCandidates] = []
@@ -261,6 +315,8 @@ class _Call:
     def drain(self) -> None:
         """Finish all batches under way."""
         self._advance(keep=0)
+        self._search_waiting()
+        self._advance(keep=0)
 
     def _advance(self, keep: int) -> None:
         """Select and collect all batches but the last ``keep`` at each step."""
@@ -287,17 +343,23 @@ class _Call:
             is_wanted_N |= (logprobs_N >= low) & (logprobs_N <= high)
         rows_E = np.flatnonzero(is_wanted_N)
         if len(rows_E):
-            found = self._find(launched, rows_E, self._search.first_width)
-            self._selected.append(_Selected(launched, rows_E, found))
+            self._waiting.append(_Wanted.of_batch(launched, rows_E))
+            num_rows = sum(len(wanted.places_E) for wanted in self._waiting)
+            if self._scorer._deferred or num_rows >= _SEARCH_ROWS:
+                self._search_waiting()
 
-    def _find(self, launched: _Launched, rows_E: npt.NDArray[np.int64], width: int) -> Download:
-        """Candidates of some rows of a batch."""
+    def _search_waiting(self) -> None:
+        """Start on the candidates of the rows that have been waiting."""
+        if self._waiting:
+            assert self._search is not None
+            wanted = _Wanted.joined(self._waiting)
+            self._waiting.clear()
+            self._selected.append(_Selected(wanted, self._find(wanted, self._search.first_width)))
+
+    def _find(self, wanted: _Wanted, width: int) -> Download:
+        """Candidates of some rows."""
         assert self._search is not None
-        rows = upload(rows_E, self._scorer.backbone.device)
-        scores = launched.scores
-        found: FoundRows = self._search.find(
-            launched.hidden_NH[rows], scores.normalisers_N[rows], scores.maxima_CN[:, rows], width
-        )
+        found: FoundRows = self._search.find(wanted.hidden_EH, wanted.normalisers_E, wanted.maxima_CE, width)
         tensors = (found.ids_EK, found.logprobs_EK)
         return Download(*tensors) if found.covered_E is None else Download(*tensors, found.covered_E)
 
@@ -305,20 +367,21 @@ class _Call:
         """Take in candidates; look further where a nucleus without a bound is not covered yet."""
         assert self._search is not None
         assert self._request is not None
-        launched, rows_E, found = selected.launched, selected.rows_E, selected.found
+        wanted, found = selected.wanted, selected.found
         width = self._search.first_width
-        while len(rows_E):
+        while len(wanted.places_E):
             ids_EK, logprobs_EK, *covered = found.wait()
-            is_done_E = covered[0] if covered and width < self._search.limit else np.ones(len(rows_E), bool)
+            is_final = not covered or width >= self._search.limit
+            is_done_E = np.ones(len(wanted.places_E), bool) if is_final else covered[0]
             self.found.append(
                 RaggedCandidates.from_rows(
-                    launched.batch.places_N[rows_E[is_done_E]],
+                    wanted.places_E[is_done_E],
                     ids_EK[is_done_E],
                     logprobs_EK[is_done_E],
                     is_ragged=self._request.nucleus is not None,
                 )
             )
-            rows_E = rows_E[~is_done_E]
-            if len(rows_E):
+            wanted = wanted.where(~is_done_E)
+            if len(wanted.places_E):
                 width *= WIDENING
-                found = self._find(launched, rows_E, width)
+                found = self._find(wanted, width)
