@@ -52,10 +52,9 @@ def _pack_layers(base_model: Any, *, everything: bool) -> None:
                 setattr(block, name, PackedLinear(weight, child.bias, activation))
         for name, _ in fused.values():
             setattr(block, name, nn.Identity())
-        if everything:
-            for name, child in list(block.named_children()):
-                if type(child).__name__.endswith("MLP"):
-                    setattr(block, name, RowBlocks(child))
+        for name, child in list(block.named_children()):
+            if type(child).__name__.endswith("MLP"):
+                setattr(block, name, RowBlocks(child))
 
 
 def _onednn_name(activation: Any) -> tuple[str, str] | None:
