@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                 # bf16; 4 x 192 Llama, vocabulary 2048, sequence 512
     python benchmarks/train_step.py --recipe fp32
     torchrun --nproc-per-node 2 benchmarks/train_step.py --tp 2      # ours against bare, tensor-parallel
+    python benchmarks/train_step.py --only ours                      # one alone: its peak memory
 
 The contestants take turns step by step, so that whatever else the machine does hits all of them; the table
 shows medians and the best step. "Bare" is megatron-core as it comes (its local layer spec with
@@ -38,6 +39,7 @@ from megatron_tokedit.engine import model as engine_model  # noqa: E402
 from megatron_tokedit.engine.initialize import ParallelContext, initialize  # noqa: E402
 from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler  # noqa: E402
 from megatron_tokedit.engine.step import train_step  # noqa: E402
+from megatron_tokedit.scoring.resident import peak_resident_bytes  # noqa: E402
 from megatron_tokedit.testing.models import random_batches  # noqa: E402
 from megatron_tokedit.training.throughput import peak_tflops  # noqa: E402
 
@@ -98,9 +100,8 @@ def bare(
         post_process=ctx.is_last_stage,
         position_embedding_type="rope",
     )
-    module = engine_model._wrap_with_ddp(
-        Float16Module(config, gpt) if config.bf16 else gpt, config, precision, parallel, ctx
-    )
+    gpt = Float16Module(config, gpt) if config.bf16 else gpt
+    (module,) = engine_model._wrap_with_ddp([gpt], config, precision, parallel, ctx)
     fields = {"bf16": config.bf16, "params_dtype": config.params_dtype}
     with cpu_device.cuda_type_names():
         optimizer = get_megatron_optimizer(
@@ -210,6 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--only", choices=["ours", "bare", "hf"], help="memory of one contestant alone")
     return parser.parse_args()
 
 
@@ -224,12 +226,15 @@ def main() -> None:
         num_attention_heads=args.heads,
         seq_length=args.seq_length,
     )
-    contestants = {
-        "ours": ours(args, model, parallel, ctx),
-        "bare megatron-core": bare(args, model, parallel, ctx),
+    makers: dict[str, tuple[str, Callable[[], Step]]] = {
+        "ours": ("ours", lambda: ours(args, model, parallel, ctx)),
+        "bare": ("bare megatron-core", lambda: bare(args, model, parallel, ctx)),
     }
     if ctx.world_size == 1:
-        contestants["Hugging Face"] = hugging_face(args, model, ctx)
+        makers["hf"] = ("Hugging Face", lambda: hugging_face(args, model, ctx))
+    chosen = [args.only] if args.only else list(makers)
+    before = peak_resident_bytes()
+    contestants = {makers[key][0]: makers[key][1]() for key in chosen}
     seconds = measure(contestants, args.steps)
     limit = (peak_tflops(ctx.device, args.recipe, None) or float("nan")) * ctx.world_size * 1e3
     if ctx.rank == 0:
@@ -241,7 +246,7 @@ def main() -> None:
             f"sequence {args.seq_length}, {args.microbatches} x {args.micro_batch_size} rows, "
             f"{ctx.world_size} rank(s) x {torch.get_num_threads()} thread(s)"
         )
-        base = statistics.median(seconds["ours"])
+        base = statistics.median(seconds.get("ours") or next(iter(seconds.values())))
         print(f"{'':20}{'tokens/s':>10}{'best':>10}{'GFLOP/s':>10}{'ours / it':>12}")
         for name, values in seconds.items():
             median = statistics.median(values)
@@ -250,7 +255,12 @@ def main() -> None:
                 f"{tokens / median * flops / 1e9:10.1f}{median / base:11.2f}x"
             )
         share = tokens / base * flops / 1e9 / limit
-        print(f"limit: {limit:.0f} GFLOP/s in matrix products on all ranks, measured now; ours: {share:.0%}")
+        if args.only:
+            grown = (peak_resident_bytes() - before) / 1e6
+            print(f"peak resident memory of rank 0: {before / 1e6:.0f} MB before, {grown:.0f} MB more after")
+        print(
+            f"limit: {limit:.0f} GFLOP/s in matrix products on all ranks, measured now; reached: {share:.0%}"
+        )
     ctx.destroy()
 
 
