@@ -32,5 +32,9 @@ class CheckpointError(TokeditError):
     """A checkpoint that is missing, incomplete, or does not fit the model it is loaded into."""
 
 
+class DivergenceError(TokeditError):
+    """A run whose loss or gradient is not finite any more."""
+
+
 class PlanError(TokeditError):
     """A preprocessing job whose recorded plan is not the one asked for, or whose units are unfinished."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from megatron_tokedit.config.base import Section
+from megatron_tokedit.config.families import FAMILIES, Family, FamilyName
 
 
 class ModelConfig(Section):
     """A GPT model; names as in megatron-core's ``TransformerConfig`` and ``GPTModel``."""
 
-    family: Literal["llama", "gpt2"] = "llama"
-    """``llama``: RMSNorm, RoPE, SwiGLU, no biases. ``gpt2``: LayerNorm, learned positions, GELU, biases."""
+    family: FamilyName = "llama"
+    """What the sizes do not say: norms, positions, activation, biases, experts (``config/families.py``)."""
     num_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -22,21 +23,40 @@ class ModelConfig(Section):
     kv_channels: PositiveInt | None = None
     """Size of a head; default ``hidden_size / num_attention_heads``."""
     ffn_hidden_size: PositiveInt | None = None
-    """Default: 4 x hidden_size for ``gpt2``; for ``llama`` 8/3 x hidden_size, up to a multiple of 64."""
+    """Default: 4 x hidden_size for ``gpt2``; else 8/3 x hidden_size, up to a multiple of 64."""
     seq_length: PositiveInt
     """Training sequence length in tokens."""
     max_position_embeddings: PositiveInt | None = None
     """Number of learned positions (``gpt2``); default ``seq_length``."""
     rotary_base: PositiveInt = 10000
+    rope_scaling: bool = False
+    """Llama 3.1's scaling of the rotary frequencies, for more positions than a model was trained with."""
+    rope_scaling_factor: PositiveFloat | None = None
+    """Of ``rope_scaling``; default 8."""
+    seq_len_interpolation_factor: float | None = Field(None, gt=1.0)
+    """Divide rotary positions by this factor (linear interpolation)."""
     norm_epsilon: PositiveFloat = 1e-5
     init_method_std: PositiveFloat = 0.02
     hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     share_embeddings_and_output_weights: bool | None = None
-    """Tied embeddings; default: yes for ``gpt2``, no for ``llama``."""
+    """Tied embeddings; default: the family's (yes for ``gpt2`` only)."""
+    num_moe_experts: PositiveInt | None = None
+    """Experts a layer; needed by ``mixtral``, for it alone."""
+    moe_router_topk: PositiveInt = 2
+    """Experts a token is sent to."""
+    moe_aux_loss_coeff: NonNegativeFloat = 0.02
+    """Weight of the load-balancing loss (Fedus et al., 2022), which no reported loss holds; 0: none."""
+    moe_z_loss_coeff: PositiveFloat | None = None
+    """Weight of the router's z-loss (Zoph et al., 2022); default: none."""
     vocab_size: PositiveInt | None = None
     """Real vocabulary; default: the tokenizer's. The engine pads it; padding is never scored."""
     make_vocab_size_divisible_by: PositiveInt = 128
+
+    @property
+    def family_traits(self) -> Family:
+        """The family's row of the table."""
+        return FAMILIES[self.family]
 
     @property
     def head_size(self) -> int:
@@ -53,9 +73,7 @@ class ModelConfig(Section):
         """Inner size of the MLP."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        if self.family == "gpt2":
-            return 4 * self.hidden_size
-        return -(-8 * self.hidden_size // (3 * 64)) * 64
+        return self.family_traits.default_ffn_hidden_size(self.hidden_size)
 
     @property
     def max_positions(self) -> int:
@@ -66,7 +84,7 @@ class ModelConfig(Section):
     def ties_embeddings(self) -> bool:
         """Whether the output layer uses the embedding's weight."""
         tied = self.share_embeddings_and_output_weights
-        return self.family == "gpt2" if tied is None else tied
+        return self.family_traits.share_embeddings_and_output_weights if tied is None else tied
 
     def resolved(self, vocab_size: int | None = None) -> ModelConfig:
         """This model with every default that depends on another field filled in.
@@ -87,12 +105,36 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is spread over ranks; the data-parallel size is what remains of the world size."""
+    """How the model is spread over ranks, and what is computed twice to save memory.
+
+    The data-parallel size is what remains of the world size. Names as in megatron-core.
+    """
 
     tensor_model_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the sequence (arXiv 2205.05198)."""
     pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Chunks of layers a rank holds (the interleaved schedule; arXiv 2104.04473)."""
+    context_parallel_size: PositiveInt = 1
+    """Split every sequence over this many ranks; needs Transformer Engine's attention, so a GPU."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Spread the experts over this many of the data-parallel ranks."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass goes on; default: on a GPU with data parallelism."""
+    overlap_param_gather: bool | None = None
+    """Gather updated parameters while the forward pass goes on; default: as ``overlap_grad_reduce`` where
+    the optimizer is distributed."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Compute activations again in the backward pass: of whole layers, or of ``recompute_modules``."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """``full`` only: every so many layers in one unit, or so many single layers a stage."""
+    recompute_num_layers: PositiveInt | None = None
+    """``full`` only: how many (see ``recompute_method``)."""
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] | None = None
+    """``selective`` only; default ``[core_attn]``."""
     distributed_timeout_minutes: PositiveInt = 30
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_tokedit.config.sections import RunConfig
+from megatron_tokedit.config.training_checks import run_length
 
 
 def resolve(config: RunConfig, *, vocab_size: int) -> RunConfig:
@@ -21,12 +22,11 @@ def resolve(config: RunConfig, *, vocab_size: int) -> RunConfig:
         vocab_size: the tokenizer's vocabulary size.
     """
     schedule, data = config.schedule, config.data
+    decay = schedule.decay or run_length(schedule, config.training, config.model.seq_length)
     return config.model_copy(
         update={
             "model": config.model.resolved(vocab_size),
-            "schedule": schedule.model_copy(
-                update={"lr_decay_steps": schedule.lr_decay_steps or config.training.train_steps}
-            ),
+            "schedule": schedule.model_copy(update={f"lr_decay_{schedule.unit}": decay}),
             "data": data.model_copy(update={"cache_dir": data.cache_dir or f"{config.run_dir}/index_cache"}),
         }
     )

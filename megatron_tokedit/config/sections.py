@@ -16,6 +16,7 @@ from megatron_tokedit.config.data import DataConfig, SourceConfig, TokenizerConf
 from megatron_tokedit.config.model import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_tokedit.config.training import (
     CheckpointConfig,
+    InitFromConfig,
     LoggingConfig,
     OptimizerConfig,
     RuntimeConfig,
@@ -26,6 +27,7 @@ from megatron_tokedit.config.training import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "InitFromConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -43,7 +45,9 @@ __all__ = [
 class RunConfig(Section):
     """A whole training run."""
 
-    stage: Literal["pretrain"] = "pretrain"
+    stage: Literal["pretrain", "continue"] = "pretrain"
+    """``continue`` starts from the weights of another run (``init_from``) with its own data and schedule."""
+    init_from: InitFromConfig | None = None
     run_dir: str = Field(min_length=1)
     """Folder of checkpoints, logs and the resolved config."""
     seed: NonNegativeInt = 1234

@@ -1,4 +1,4 @@
-"""Core attention through ``torch.nn.functional.scaled_dot_product_attention``, and the norm of the local
+"""Core attention through ``torch.nn.functional.scaled_dot_product_attention``, and the norms of the local
 layer spec.
 
 megatron-core's ``DotProductAttention`` writes the whole [s, s] score matrix of every head; this one does
@@ -114,3 +114,12 @@ class LocalNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class WeightlessNorm:
+    """Makes a norm without gain and bias (OLMo's), which has nothing to share between ranks."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        """Build the module; the signature is that of a norm in a layer spec."""
+        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        return kind(hidden_size, eps=eps, elementwise_affine=False)

@@ -8,9 +8,7 @@ saved them.
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tokedit.engine.checkpoint_folder import (
-    LATEST,
-    MARKER,
-    PARTIAL_SUFFIX,
-    RUN_CONFIG_FILE,
-    STATE_FILE,
-    complete_steps,
-    is_complete,
-    read_json,
-    require,
-    step_folder,
-    write_json,
-)
+from megatron_tokedit.config.training import CheckpointConfig
+from megatron_tokedit.engine import checkpoint_folder
+from megatron_tokedit.engine.background_save import BackgroundSave, writing
 from megatron_tokedit.engine.initialize import ParallelContext
-from megatron_tokedit.engine.model import unwrap
+from megatron_tokedit.engine.model import gather_parameters, unwrap
 from megatron_tokedit.engine.optimizer import load_optimizer
+from megatron_tokedit.engine.optimizer_parts import fit_parts
 from megatron_tokedit.errors import CheckpointError
 from megatron_tokedit.log import get_logger
 
@@ -43,7 +32,19 @@ _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 
 def _layout(ctx: ParallelContext) -> dict[str, int]:
-    return {"tensor": ctx.tp_size, "pipeline": ctx.pp_size, "data": ctx.dp_size}
+    """Every size that decides what a rank computes; those added later only where they are not 1."""
+    rare = {"context": ctx.cp_size, "expert": ctx.ep_size, "chunks": ctx.vp_size}
+    return {
+        "tensor": ctx.tp_size,
+        "pipeline": ctx.pp_size,
+        "data": ctx.dp_size,
+        **{name: size for name, size in rare.items() if size > 1},
+    }
+
+
+def _model_keys(model: list[Any]) -> list[str]:
+    """Names of the chunks in a state dict, as in Megatron-LM."""
+    return ["model"] if len(model) == 1 else [f"model{chunk}" for chunk in range(len(model))]
 
 
 def _random_states() -> dict[str, Any]:
@@ -81,18 +82,33 @@ def _sharded_state(
     """The state dict that megatron-core saves or loads; collective while saving."""
     from megatron.core import parallel_state
 
+    if not is_loading:
+        gather_parameters(model)
     metadata = {
         **_SHARDING,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    state: dict[str, Any] = {"model": unwrap(model[0]).sharded_state_dict(metadata=metadata)}
+    chunks = {
+        key: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for key, chunk in zip(_model_keys(model), model, strict=True)
+    }
+    state: dict[str, Any] = dict(chunks)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            state["model"], is_loading=is_loading, metadata=metadata
-        )
+        of_model = chunks["model"] if len(model) == 1 else chunks
+        state["optimizer"] = optimizer.sharded_state_dict(of_model, is_loading=is_loading, metadata=metadata)
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
     return state
+
+
+def _empty_partial(folder: Path, ctx: ParallelContext) -> Path:
+    """Make the folder that becomes ``folder`` once it is written. Collective over the world."""
+    partial = folder.with_name(folder.name + checkpoint_folder.PARTIAL_SUFFIX)
+    if ctx.rank == 0:
+        checkpoint_folder.remove_partial(folder.parent)
+        partial.mkdir(parents=True)
+    ctx.barrier()
+    return partial
 
 
 def save(
@@ -104,7 +120,8 @@ def save(
     state: dict[str, Any],
     run_config: dict[str, Any],
     ctx: ParallelContext,
-    keep_last: int = 0,
+    settings: CheckpointConfig = CheckpointConfig(),  # noqa: B008 - frozen
+    background: BackgroundSave | None = None,
 ) -> Path:
     """Save a checkpoint and return its folder. Collective over the world.
 
@@ -117,67 +134,54 @@ def save(
             samples belong here too. The layout is added.
         run_config: the resolved configuration (JSON-able), with the section ``model``.
         ctx: the layout.
-        keep_last: afterwards keep only the newest so many complete checkpoints (0: all).
+        settings: ``keep_last``, ``keep_every_steps`` and ``fully_parallel_save`` count.
+        background: write there and return at once; the folder appears when it is finished. A save that is
+            still being written is waited for first.
 
     Raises:
         CheckpointError: on every rank, if a rank could not write.
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_tokedit.engine.save_strategy import InProcessSave
+    from megatron_tokedit.engine.save_strategy import save_strategy
 
-    folder = step_folder(checkpoints_dir, int(state["step"]))
-    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
-    if ctx.rank == 0:
-        for leftover in Path(checkpoints_dir).glob(f"step_*{PARTIAL_SUFFIX}"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    ctx.barrier()
+    if background is not None:
+        background.wait()
+    folder = checkpoint_folder.step_folder(checkpoints_dir, int(state["step"]))
+    partial = _empty_partial(folder, ctx)
     sharded = _sharded_state(model, optimizer, scheduler, is_loading=False)
     sharded["random_states"] = _random_state_object(ctx, _random_states())
-    try:
-        dist_checkpointing.save(sharded, str(partial), sharded_strategy=InProcessSave())
-    except dist.checkpoint.api.CheckpointException as error:  # on every rank, whichever failed
-        reasons = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
-        raise CheckpointError(
-            f"{partial}: cannot be written ({reasons[:300]}); is the disk full? "
-            f"Older checkpoints are untouched"
-        ) from error
-    if ctx.rank == 0:
-        _finish(partial, folder, {**state, "layout": _layout(ctx)}, run_config, keep_last)
-    ctx.barrier()
+    strategy = save_strategy(
+        in_background=background is not None, fully_parallel=settings.fully_parallel_save and ctx.dp_size > 1
+    )
+
+    def finish() -> None:
+        """After all shards."""
+        if ctx.rank == 0:
+            checkpoint_folder.finish(partial, folder, {**state, "layout": _layout(ctx)}, run_config)
+            checkpoint_folder.prune(folder.parent, settings.keep_last, settings.keep_every_steps)
+        ctx.barrier()
+
+    with writing(partial):
+        request = dist_checkpointing.save(
+            sharded, str(partial), sharded_strategy=strategy, async_sharded_save=background is not None
+        )
+    if background is None:
+        finish()
+    else:
+        background.start(request, partial, folder, finish)
     return folder
 
 
-def _finish(
-    partial: Path, folder: Path, state: dict[str, Any], run_config: dict[str, Any], keep_last: int
-) -> None:
-    """On rank 0, after all shards: the JSON files, the marker, ``latest``, and only then the pruning."""
-    write_json(partial / STATE_FILE, state)
-    write_json(partial / RUN_CONFIG_FILE, run_config)
-    files = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
-    write_json(partial / MARKER, {"files": files})
-    if not is_complete(partial):
-        raise CheckpointError(f"{partial}: written, but not readable as a whole; is the disk full?")
-    if folder.exists():
-        _remove(folder)
-    os.replace(partial, folder)
-    latest = folder.parent / f"{LATEST}{PARTIAL_SUFFIX}"
-    latest.write_text(folder.name + "\n")
-    os.replace(latest, folder.parent / LATEST)
-    logger.info("checkpoint %s (%.1f MB)", folder, sum(files.values()) / 1e6)
-    if keep_last:
-        for _, old in complete_steps(folder.parent)[:-keep_last]:
-            _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    (folder / MARKER).unlink(missing_ok=True)  # first, so that a half-removed folder never looks whole
-    shutil.rmtree(folder)
-
-
 def load(
-    path: str | Path, *, model: list[Any], optimizer: Any | None, scheduler: Any | None, ctx: ParallelContext
+    path: str | Path,
+    *,
+    model: list[Any],
+    optimizer: Any | None,
+    scheduler: Any | None,
+    ctx: ParallelContext,
+    random_states: bool = True,
+    fully_parallel: bool = False,
 ) -> dict[str, Any]:
     """Load the newest complete checkpoint under ``path`` into model, optimizer and scheduler.
 
@@ -191,6 +195,8 @@ def load(
             built before must then be told by ``optimizer.reload_model_params()``.
         scheduler: from ``build_scheduler``, or None.
         ctx: the layout; need not be the one that saved.
+        random_states: restore them too, where an optimizer is loaded under the layout that saved.
+        fully_parallel: data-parallel ranks share the reading and exchange what they read.
 
     Returns:
         The content of ``state.json``.
@@ -198,35 +204,39 @@ def load(
     Raises:
         CheckpointError: nothing complete there, or a model of another shape.
     """
-    folder = require(path)
-    state = read_json(folder, STATE_FILE)
+    folder = checkpoint_folder.require(path)
+    state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
     sharded = _sharded_state(model, optimizer, None, is_loading=True)
     same_layout = state.get("layout") == _layout(ctx)
-    if optimizer is not None and same_layout:
+    if optimizer is not None and same_layout and random_states:
         sharded["random_states"] = _random_state_object(ctx, None)
-    loaded = _dist_load(sharded, folder)
-    unwrap(model[0]).load_state_dict(loaded["model"], strict=True)
+    loaded = _dist_load(sharded, folder, fully_parallel=fully_parallel and ctx.dp_size > 1)
+    for key, chunk in zip(_model_keys(model), model, strict=True):
+        unwrap(chunk).load_state_dict(loaded[key], strict=True)
     if optimizer is not None:
-        load_optimizer(optimizer, loaded["optimizer"])
+        load_optimizer(optimizer, fit_parts(optimizer, loaded["optimizer"]))
     if scheduler is not None:
         scheduler.num_steps = 0  # loading adds to it
         scheduler.load_state_dict(loaded["scheduler"])
     if "random_states" in sharded:
         _set_random_states(loaded["random_states"])
-    elif optimizer is not None:
+    elif optimizer is not None and random_states:
         logger.info("%s was saved under another layout: random states start from the seed", folder)
     return state
 
 
-def _dist_load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _dist_load(sharded: dict[str, Any], folder: Path, *, fully_parallel: bool) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
+    from megatron_tokedit.engine.save_strategy import load_strategy
+
     try:
-        return dict(dist_checkpointing.load(sharded, str(folder)))
+        strategy = load_strategy(folder) if fully_parallel else None
+        return dict(dist_checkpointing.load(sharded, str(folder), sharded_strategy=strategy))
     except (CheckpointingException, KeyError, dist.checkpoint.api.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(
             f"{folder}: does not fit the configured model or optimizer ({reason[:300]}); "
-            f"compare the 'model' section with {folder / RUN_CONFIG_FILE}"
+            f"compare the 'model' section with {folder / checkpoint_folder.RUN_CONFIG_FILE}"
         ) from error

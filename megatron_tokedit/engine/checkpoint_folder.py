@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from megatron_tokedit.errors import CheckpointError
+from megatron_tokedit.log import get_logger
+
+logger = get_logger(__name__)
 
 MARKER = "COMPLETE.json"
 STATE_FILE = "state.json"
@@ -108,3 +112,44 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def finish(partial: Path, folder: Path, state: dict[str, Any], run_config: dict[str, Any]) -> None:
+    """Turn a folder in which all shards are written into a checkpoint: JSON files, marker, name, ``latest``.
+
+    Raises:
+        CheckpointError: what was written cannot be read as a whole.
+    """
+    write_json(partial / STATE_FILE, state)
+    write_json(partial / RUN_CONFIG_FILE, run_config)
+    files = {entry.name: entry.stat().st_size for entry in sorted(partial.iterdir())}
+    write_json(partial / MARKER, {"files": files})
+    if not is_complete(partial):
+        raise CheckpointError(f"{partial}: written, but not readable as a whole; is the disk full?")
+    if folder.exists():
+        _remove(folder)
+    os.replace(partial, folder)
+    latest = folder.parent / f"{LATEST}{PARTIAL_SUFFIX}"
+    latest.write_text(folder.name + "\n")
+    os.replace(latest, folder.parent / LATEST)
+    logger.info("checkpoint %s (%.1f MB)", folder, sum(files.values()) / 1e6)
+
+
+def prune(checkpoints_dir: Path, keep_last: int, keep_every_steps: int) -> None:
+    """Keep the newest ``keep_last`` complete checkpoints (0: all) and those of every ``keep_every_steps``."""
+    if not keep_last:
+        return
+    for step, old in complete_steps(checkpoints_dir)[:-keep_last]:
+        if not keep_every_steps or step % keep_every_steps:
+            _remove(old)
+
+
+def remove_partial(checkpoints_dir: Path) -> None:
+    """Clear away what interrupted saves left."""
+    for leftover in checkpoints_dir.glob(f"step_*{PARTIAL_SUFFIX}"):
+        shutil.rmtree(leftover)
+
+
+def _remove(folder: Path) -> None:
+    (folder / MARKER).unlink(missing_ok=True)  # first, so that a half-removed folder never looks whole
+    shutil.rmtree(folder)

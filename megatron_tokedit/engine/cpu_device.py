@@ -33,6 +33,7 @@ _LITERAL_MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.utils",
     "megatron.core.utils",
     "megatron.core.dist_checkpointing.exchange_utils",

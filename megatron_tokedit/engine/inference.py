@@ -88,19 +88,23 @@ class LanguageModel:
         """What a forward pass costs.
 
         Returns:
-            All parameters; those of matrix products, output layer included and embedding tables not; query
-            heads x size of a head, summed over layers.
+            All parameters; those of matrix products that a token takes part in, output layer included,
+            embedding tables and experts it is not sent to left out; query heads x size of a head, summed over
+            layers.
         """
         padding = (self.output_weight.size(0) - self.vocab_size) * self.output_weight.size(1)
         parameters = dict(self._gpt.named_parameters())
         tables = {
             name for name in parameters if name.startswith("embedding.") or name.startswith("output_layer.")
         }
-        matrices = (p.numel() for name, p in parameters.items() if p.ndim >= 2 and name not in tables)
+        matrices = {name: p.numel() for name, p in parameters.items() if p.ndim >= 2 and name not in tables}
+        experts = sum(size for name, size in matrices.items() if ".experts." in name)
         config = self._gpt.config
+        if experts:
+            experts -= experts * config.moe_router_topk // config.num_moe_experts
         return (
             sum(p.numel() for p in parameters.values()),
-            sum(matrices) + self.output_weight.numel() - padding,
+            sum(matrices.values()) - experts + self.output_weight.numel() - padding,
             config.num_layers * config.num_attention_heads * config.kv_channels,
         )
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_tokedit.config.sections import ParallelConfig
-from megatron_tokedit.engine import cpu_device, preflight
+from megatron_tokedit.engine import core_mends, cpu_device, preflight
 from megatron_tokedit.errors import ConfigError
 from megatron_tokedit.log import get_logger
 
@@ -39,15 +39,19 @@ class ParallelContext:
     device: torch.device
     backend: str
     owns_process_group: bool
+    cp_rank: int = 0
+    cp_size: int = 1
+    ep_size: int = 1
+    vp_size: int = 1
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank holds the embedding."""
+        """This rank holds the embedding (in its first chunk)."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank holds the output layer and computes the loss."""
+        """This rank holds the output layer (in its last chunk) and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     def barrier(self) -> None:
@@ -68,11 +72,33 @@ class ParallelContext:
 
 def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp) != 0:
+    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
+    copy_size = tp * pp * cp
+    if world_size % copy_size:
+        context = f" x context_parallel_size={cp}" if cp > 1 else ""
         raise ConfigError(
             f"parallel: {world_size} ranks cannot be split into tensor_model_parallel_size={tp} x "
-            f"pipeline_model_parallel_size={pp} = {tp * pp} ranks a model copy; start a multiple of "
-            f"{tp * pp} ranks (torchrun --nproc-per-node {tp * pp}) or change the sizes"
+            f"pipeline_model_parallel_size={pp}{context} = {copy_size} ranks a model copy; start a multiple "
+            f"of {copy_size} ranks (torchrun --nproc-per-node {copy_size}) or change the sizes"
+        )
+    if world_size // (tp * pp) % ep:
+        raise ConfigError(
+            f"parallel.expert_model_parallel_size: {ep} does not divide the {world_size // (tp * pp)} "
+            f"data-parallel ranks ({world_size} ranks / {tp * pp}); start a multiple of {tp * pp * ep} ranks"
+        )
+
+
+def _check_context_parallel(parallel: ParallelConfig, device_type: str) -> None:
+    size = parallel.context_parallel_size
+    if size == 1:
+        return
+    missing = "no CUDA device" if device_type == "cpu" else None
+    if missing is None and preflight.probe().transformer_engine is None:
+        missing = 'no Transformer Engine (pip install --no-build-isolation -e ".[fp8]")'
+    if missing:
+        raise ConfigError(
+            f"parallel.context_parallel_size: {size} needs Transformer Engine's attention on a GPU, and this "
+            f"machine has {missing}; set it to 1"
         )
 
 
@@ -133,6 +159,20 @@ def current_context(*, owns_process_group: bool = False) -> ParallelContext:
         device=torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"),
         backend=dist.get_backend(),
         owns_process_group=owns_process_group,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        vp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    )
+
+
+def describe(context: ParallelContext) -> str:
+    """The layout in words, sizes of 1 left out but for the three usual ones."""
+    sizes = {"context": context.cp_size, "expert": context.ep_size, "chunks a stage": context.vp_size}
+    more = "".join(f", {name} {size}" for name, size in sizes.items() if size > 1)
+    return (
+        f"{context.world_size} rank(s): tensor {context.tp_size} x pipeline {context.pp_size} x "
+        f"data {context.dp_size}{more}, {torch.get_num_threads()} thread(s) a rank"
     )
 
 
@@ -154,10 +194,10 @@ def initialize(
         standalone: be a world of one, whatever launcher started this process.
 
     Raises:
-        ConfigError: sizes that do not divide the world size, a device that is not there, or a broken optional
-            package.
+        ConfigError: sizes that do not divide the world size, a device that is not there or cannot do what is
+            asked, or a broken optional package.
     """
-    if parallel.tensor_model_parallel_size > 1:
+    if parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1:
         # megatron-core counts on kernels running in launch order, to overlap a collective with a product
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     preflight.check()
@@ -166,25 +206,27 @@ def initialize(
     if dist.is_initialized():
         world_size = dist.get_world_size()
     _check_sizes(parallel, world_size)
+    _check_context_parallel(parallel, device_type)
     _set_threads(device_type, cpu_threads)
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     cpu_device.install()
+    core_mends.install()
     owns = _start_process_group(device_type, parallel.distributed_timeout_minutes, standalone)
 
     from megatron.core import parallel_state
 
+    chunks = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=device_type == "cuda",
     )
     context = current_context(owns_process_group=owns)
     seed_everything(seed, context.pp_rank)
-    logger.info(
-        "%d rank(s) on %s (%s): tensor %d x pipeline %d x data %d, %s, %d thread(s) a rank",
-        context.world_size, device_type, reason, context.tp_size, context.pp_size, context.dp_size,
-        context.backend, torch.get_num_threads(),
-    )  # fmt: skip
+    logger.info("%s on %s (%s), %s", describe(context), device_type, reason, context.backend)
     return context

@@ -1,14 +1,11 @@
-"""Builds a GPT model from a ``ModelConfig``: megatron-core's ``GPTModel`` with the layer spec that fits the
-device.
+"""Builds a GPT model from a ``ModelConfig``: megatron-core's ``GPTModel``, in the chunks that a rank holds.
 
-On a CUDA device with Transformer Engine the layers are Transformer Engine's; else they are megatron-core's
-local ones with our scaled-dot-product attention and norms. Invariant: both have the same parameters under
-the same checkpoint keys, and :func:`num_parameters` counts them exactly.
+What a family is stands in ``config.families``, the layers in ``engine.layers``, the counts in
+``engine.sizes``. Invariant: nothing here depends on the name of a family.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,6 +17,19 @@ from megatron_tokedit.config.validate import cross_section_faults
 from megatron_tokedit.engine import precision as precision_recipes
 from megatron_tokedit.engine import preflight
 from megatron_tokedit.engine.initialize import ParallelContext
+from megatron_tokedit.engine.layers import block_spec, layer_spec, uses_transformer_engine
+from megatron_tokedit.engine.sizes import flops_per_token, num_parameters, padded_vocab_size
+
+__all__ = [
+    "build_model",
+    "flops_per_token",
+    "gather_parameters",
+    "layer_spec",
+    "num_parameters",
+    "padded_vocab_size",
+    "transformer_config",
+    "unwrap",
+]
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -27,59 +37,78 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def padded_vocab_size(vocab_size: int, multiple: int, tp_size: int) -> int:
-    """Rows of the embedding: ``vocab_size`` rounded up to a common multiple of ``multiple`` and ``tp_size``.
-
-    For the usual powers of two this does not depend on ``tp_size``, so a checkpoint keeps its shapes.
-    """
-    unit = math.lcm(multiple, tp_size)
-    return math.ceil(vocab_size / unit) * unit
-
-
-def num_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Exact number of parameters, without the padding of the vocabulary.
-
-    Args:
-        model: the model.
-        vocab_size: real vocabulary.
-    """
-    h, f = model.hidden_size, model.ffn_size
-    d, n, g = model.head_size, model.num_attention_heads, model.num_key_value_heads
-    biased = model.family == "gpt2"
-    attention = h * d * (n + 2 * g) + n * d * h
-    mlp = h * f * (2 if biased else 3)
-    biases = d * (n + 2 * g) + h + f + h if biased else 0
-    norms_per_norm = 2 * h if biased else h
-    layer = attention + mlp + biases + 2 * norms_per_norm
-    embeddings = vocab_size * h * (1 if model.ties_embeddings else 2)
-    positions = model.max_positions * h if biased else 0
-    return model.num_layers * layer + norms_per_norm + embeddings + positions
-
-
-def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int | None = None) -> float:
-    """Floating-point operations of one training step (forward and backward) a token.
-
-    Three times the forward's matrix products, each 2 m n k; attention is counted for the causal half of the
-    score matrix (Narayanan et al., 2021, with causality taken into account); norms, softmax and the embedding
-    look-up are left out.
-    """
-    s = seq_length or model.seq_length
-    h, f = model.hidden_size, model.ffn_size
-    d, n, g = model.head_size, model.num_attention_heads, model.num_key_value_heads
-    projections = 2 * h * d * (n + 2 * g) + 2 * n * d * h
-    scores = 2 * 2 * n * d * (s + 1) / 2
-    mlp = 2 * h * f * (2 if model.family == "gpt2" else 3)
-    return 3.0 * (model.num_layers * (projections + scores + mlp) + 2 * h * vocab_size)
-
-
 def _family_fields(model: ModelConfig) -> dict[str, Any]:
-    if model.family == "gpt2":
-        return {"normalization": "LayerNorm", "activation_func": gelu_tanh, "add_bias_linear": True}
+    family = model.family_traits
+    fields: dict[str, Any] = {
+        "normalization": family.normalization,
+        "activation_func": F.silu if family.gated_linear_unit else gelu_tanh,
+        "gated_linear_unit": family.gated_linear_unit,
+        "add_bias_linear": family.add_bias_linear,
+        "add_qkv_bias": family.add_qkv_bias,
+        "qk_layernorm": family.qk_layernorm,
+    }
+    if family.has_experts:
+        fields |= {
+            "num_moe_experts": model.num_moe_experts,
+            "moe_ffn_hidden_size": model.ffn_size,
+            "moe_router_topk": model.moe_router_topk,
+        }
+    return fields
+
+
+def _parallel_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        name: getattr(parallel, name)
+        for name in (
+            "tensor_model_parallel_size",
+            "sequence_parallel",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "recompute_granularity",
+            "recompute_method",
+            "recompute_num_layers",
+            "recompute_modules",
+        )
+    }
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        fields["virtual_pipeline_model_parallel_size"] = parallel.virtual_pipeline_model_parallel_size
+        # batched, two messages to the same stage (both neighbours of two) would be taken for each other
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return fields
+
+
+def _router_loss_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Weights of the router's losses.
+
+    megatron-core 0.16.1 scales their gradients by the tokens of one rank where the loss is counted a token
+    (``TopKRouter.attach_and_log_load_balancing_loss``), and sums over the ranks that share a sequence: each
+    counts one part in as many. The weights make up for it, so that every layout has the same gradient.
+    """
+    if not model.family_traits.has_experts:
+        return {}
+    sharing = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    z_loss = model.moe_z_loss_coeff
     return {
-        "normalization": "RMSNorm",
-        "activation_func": F.silu,
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
+        "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff * sharing,
+        "moe_z_loss_coeff": None if z_loss is None else z_loss * sharing,
+    }
+
+
+def _device_fields(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> dict[str, Any]:
+    """What is faster on a GPU, or exists only there; none of it changes a result beyond rounding."""
+    on_cuda = device.type == "cuda"
+    has_experts = model.family_traits.has_experts
+    return {
+        "use_cpu_initialization": not on_cuda,
+        "gradient_accumulation_fusion": on_cuda and preflight.probe().fused_wgrad,
+        "bias_activation_fusion": on_cuda and model.family_traits.gated_linear_unit,
+        "bias_dropout_fusion": on_cuda,
+        # gloo reads a tensor that the interleaved schedule has sent after it is freed; NCCL's streams do not
+        "deallocate_pipeline_outputs": on_cuda or parallel.virtual_pipeline_model_parallel_size == 1,
+        "moe_token_dispatcher_type": "alltoall" if on_cuda else "allgather",
+        "moe_grouped_gemm": has_experts and uses_transformer_engine(device),
     }
 
 
@@ -100,8 +129,6 @@ def transformer_config(
 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    on_cuda = device.type == "cuda"
-    fields = precision_recipes.resolve(precision, device).transformer
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -113,81 +140,47 @@ def transformer_config(
         init_method_std=model.init_method_std,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        use_cpu_initialization=not on_cuda,
         perform_initialization=perform_initialization,
-        gradient_accumulation_fusion=on_cuda and preflight.probe().fused_wgrad,
         masked_softmax_fusion=False,
-        bias_activation_fusion=on_cuda and model.family == "llama",
-        bias_dropout_fusion=on_cuda,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
         **_family_fields(model),
-        **fields,
-    )
-
-
-def layer_spec(config: Any, device: torch.device, *, documents_masked: bool = False) -> Any:
-    """Transformer Engine's layer spec on a CUDA device that has it, else the local one with our attention.
-
-    Args:
-        config: megatron-core's ``TransformerConfig``.
-        device: of this rank.
-        documents_masked: batches bring an ``attention_mask``. Transformer Engine ignores it under the spec's
-            own mask type, ``causal``; our attention takes one whenever it is there.
-    """
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer.enums import AttnMaskType
-
-    if device.type == "cuda" and preflight.probe().transformer_engine is not None:
-        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
-        if documents_masked:
-            spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
-        return spec
-
-    from megatron_tokedit.engine.attention import LocalNorm, SdpaCoreAttention
-
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.input_layernorm = LocalNorm
-    spec.submodules.pre_mlp_layernorm = LocalNorm
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
-    return spec
-
-
-def _block_spec(config: Any, device: torch.device, documents_masked: bool) -> Any:
-    from megatron.core.transformer.transformer_block import (
-        TransformerBlockSubmodules,
-        get_num_layers_to_build,
-    )
-
-    from megatron_tokedit.engine.attention import LocalNorm
-
-    spec = layer_spec(config, device, documents_masked=documents_masked)
-    if device.type == "cuda" and preflight.probe().transformer_engine is not None:
-        return spec
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=LocalNorm
+        **_router_loss_fields(model, parallel),
+        **_parallel_fields(parallel),
+        **_device_fields(model, parallel, device),
+        **precision_recipes.resolve(precision, device).transformer,
     )
 
 
 def _gpt_model(
-    model: ModelConfig, config: Any, ctx: ParallelContext, vocab_size: int, documents_masked: bool
+    model: ModelConfig, config: Any, ctx: ParallelContext, vocab_size: int, documents_masked: bool, chunk: int
 ) -> Any:
+    """Chunk ``chunk`` of this rank's, bare."""
     from megatron_tokedit.engine.gpt import VocabMaskedGPTModel
 
+    family = model.family_traits
+    vp_stage = chunk if ctx.vp_size > 1 else None
     return VocabMaskedGPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, ctx.device, documents_masked),
+        transformer_layer_spec=block_spec(
+            config,
+            ctx.device,
+            norm_has_weights=family.norm_has_weights,
+            documents_masked=documents_masked,
+            vp_stage=vp_stage,
+        ),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, ctx.tp_size),
         real_vocab_size=vocab_size,
         max_sequence_length=model.max_positions,
-        pre_process=ctx.is_first_stage,
-        post_process=ctx.is_last_stage,
+        pre_process=ctx.is_first_stage and chunk == 0,
+        post_process=ctx.is_last_stage and chunk == ctx.vp_size - 1,
         share_embeddings_and_output_weights=model.ties_embeddings,
-        position_embedding_type="learned_absolute" if model.family == "gpt2" else "rope",
+        position_embedding_type=family.position_embedding_type,
         rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor or 8.0,
+        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
+        vp_stage=vp_stage,
     )
 
 
@@ -217,7 +210,7 @@ def build_model(
         documents_masked: batches bring an ``attention_mask`` (``data.reset_attention_mask``).
 
     Returns:
-        A list of one module (interleaved pipeline stages will make it longer).
+        The chunks of layers this rank holds: one, or ``virtual_pipeline_model_parallel_size`` of them.
 
     Raises:
         ConfigError: sizes that do not divide among the ranks.
@@ -225,33 +218,62 @@ def build_model(
     config = transformer_config(
         model, precision, parallel, ctx.device, perform_initialization=perform_initialization
     )
-    module = _gpt_model(model, config, ctx, vocab_size, documents_masked).to(ctx.device)
-    if config.bf16:
-        from megatron.core.transformer.module import Float16Module
+    modules = []
+    for chunk in range(ctx.vp_size):
+        module = _gpt_model(model, config, ctx, vocab_size, documents_masked, chunk).to(ctx.device)
+        if config.bf16:
+            from megatron.core.transformer.module import Float16Module
 
-        module = Float16Module(config, module)
-    if not wrap_with_ddp:
-        return [module]
-    return [_wrap_with_ddp(module, config, precision, parallel, ctx)]
+            module = Float16Module(config, module)
+        modules.append(module)
+    return _wrap_with_ddp(modules, config, precision, parallel, ctx) if wrap_with_ddp else modules
 
 
 def _wrap_with_ddp(
-    module: Any, config: Any, precision: PrecisionConfig, parallel: ParallelConfig, ctx: ParallelContext
-) -> Any:
+    modules: list[Any],
+    config: Any,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    ctx: ParallelContext,
+) -> list[Any]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=ctx.device.type == "cuda" and ctx.dp_size > 1,
+        **_overlap_fields(parallel, ctx),
         **precision_recipes.resolve(precision, ctx.device).ddp,
     )
-    wrapped = DistributedDataParallel(config, ddp_config, module)
-    wrapped.broadcast_params()
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=chunk > 0)
+        for chunk, module in enumerate(modules)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
-    if ctx.dp_size > 1:
-        config.no_sync_func = wrapped.no_sync
+    if ctx.dp_size * ctx.cp_size > 1:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if ctx.vp_size > 1 else wrapped[0].no_sync
     return wrapped
+
+
+def _overlap_fields(parallel: ParallelConfig, ctx: ParallelContext) -> dict[str, bool]:
+    """Fields of ``DistributedDataParallelConfig`` that hide communication behind computation."""
+    default = ctx.device.type == "cuda" and ctx.dp_size * ctx.cp_size > 1
+    reduce = parallel.overlap_grad_reduce
+    reduce = default if reduce is None else reduce
+    gather = parallel.overlap_param_gather
+    gather = reduce and default and parallel.use_distributed_optimizer if gather is None else gather
+    return {"overlap_grad_reduce": reduce, "overlap_param_gather": gather}
+
+
+def gather_parameters(model: list[Any]) -> None:
+    """Make the last update visible in all parameters, where it is gathered during the next forward pass.
+
+    Collective over the data-parallel ranks; needed before parameters are read outside of a training step.
+    """
+    for chunk in model:
+        if getattr(chunk, "use_forward_hook", False):
+            chunk.start_param_sync(force_sync=True)
 
 
 def unwrap(module: Any) -> Any:

@@ -6,11 +6,19 @@ megatron-core's arguments and mends what 0.16.1 cannot do with torch's own AdamW
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from megatron_tokedit.config.sections import OptimizerConfig, ParallelConfig, PrecisionConfig, ScheduleConfig
+from megatron_tokedit.config.batch_sizes import batch_stages, samples_before
+from megatron_tokedit.config.sections import (
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from megatron_tokedit.engine import cpu_device
 from megatron_tokedit.engine import precision as precision_recipes
 from megatron_tokedit.engine.initialize import ParallelContext
@@ -98,32 +106,84 @@ def load_optimizer(core_optimizer: Any, state_dict: Any) -> None:
 
 
 def build_scheduler(
-    optimizer: OptimizerConfig, schedule: ScheduleConfig, core_optimizer: Any, *, train_steps: int
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    core_optimizer: Any,
+    *,
+    train_steps: int,
+    train_tokens: int | None = None,
 ) -> Any:
-    """Build megatron-core's ``OptimizerParamScheduler``, counting in steps.
+    """Build megatron-core's ``OptimizerParamScheduler``, counting in the schedule's unit.
 
-    The learning rate rises linearly from 0 over ``lr_warmup_steps`` and reaches ``min_lr`` at
-    ``lr_decay_steps`` (default ``train_steps``); weight decay is constant.
+    Advance it by 1 a step, or by the step's tokens where ``schedule.in_tokens``.
+
+    Args:
+        optimizer: learning rates and weight decay.
+        schedule: shape and lengths.
+        core_optimizer: anything with ``param_groups``.
+        train_steps: of the whole run.
+        train_tokens: of the whole run; needed where the schedule counts tokens.
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    decay_steps = max(schedule.lr_decay_steps or train_steps, schedule.lr_warmup_steps + 1)
-    scheduler = OptimizerParamScheduler(
+    length = train_tokens if schedule.in_tokens else train_steps
+    if length is None:
+        raise ValueError("a schedule in tokens needs train_tokens")
+    decay = max(schedule.decay or length, schedule.warmup + 1)
+    start_wd, end_wd = schedule.start_weight_decay, schedule.end_weight_decay
+    grows = start_wd is not None and end_wd is not None
+    return OptimizerParamScheduler(
         core_optimizer,
-        init_lr=0.0,
+        init_lr=schedule.lr_warmup_init,
         max_lr=optimizer.lr,
         min_lr=optimizer.min_lr,
-        lr_warmup_steps=schedule.lr_warmup_steps,
-        lr_decay_steps=decay_steps,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=decay,
         lr_decay_style=schedule.lr_decay_style,
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=decay_steps,
-        wd_incr_style="constant",
+        start_wd=start_wd if grows else optimizer.weight_decay,
+        end_wd=end_wd if grows else optimizer.weight_decay,
+        wd_incr_steps=length,
+        wd_incr_style=schedule.weight_decay_incr_style if grows else "constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
+        wsd_decay_steps=schedule.wsd_decay,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
-    return scheduler
+
+
+def go_to(scheduler: Any, position: int) -> None:
+    """Set learning rate and weight decay to those of ``position``, in the schedule's unit."""
+    scheduler.num_steps = 0
+    scheduler.step(increment=position)
+
+
+def learning_rates(config: RunConfig, steps: Iterable[int]) -> list[float]:
+    """The learning rate that each of ``steps`` (1 is the first) of an undisturbed run is made with.
+
+    Needs no model and no process group.
+    """
+    stages = batch_stages(config.training)
+    seq_length = config.model.seq_length
+    scheduler = build_scheduler(
+        config.optimizer,
+        config.schedule,
+        _Groups(),
+        train_steps=config.training.train_steps,
+        train_tokens=stages[-1].end_sample * seq_length,
+    )
+    rates = []
+    for step in steps:
+        done = samples_before(stages, step - 1) * seq_length if config.schedule.in_tokens else step - 1
+        scheduler.step(increment=done - scheduler.num_steps)
+        rates.append(learning_rate(scheduler.optimizer))
+    return rates
+
+
+class _Groups:
+    """An optimizer of one parameter group without parameters."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = [{}]
 
 
 def learning_rate(core_optimizer: Any) -> float:

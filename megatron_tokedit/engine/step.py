@@ -10,8 +10,9 @@ Legend: B rows of a microbatch, T positions.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_tokedit.engine import cpu_device
 from megatron_tokedit.engine.initialize import ParallelContext
+from megatron_tokedit.engine.model import gather_parameters
 
 Batch = Mapping[str, torch.Tensor]
 """A microbatch as megatron-core's ``GPTDataset`` yields it: ``tokens``, ``labels``, ``position_ids`` (int64
@@ -36,20 +38,49 @@ class StepResult:
         grad_norm: global norm of the gradient before clipping.
         skipped: no update was made because loss or gradient was not finite.
         num_tokens: unmasked tokens of the global batch.
+        votes: the ranks' votes, added up.
+        bad_microbatches: (microbatch, data-parallel rank) of every loss that is not finite; empty where it
+            is the gradient alone.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
     num_tokens: int
+    votes: tuple[int, ...] = ()
+    bad_microbatches: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """Sum of token losses and number of unmasked tokens of the global batch; the same on every rank."""
+    """Sum of token losses, unmasked tokens of the global batch, and votes; the same on every rank."""
 
     loss_sum: float
     num_tokens: int
+    votes: tuple[int, ...] = ()
+
+
+class _Totals:
+    """A batch's :class:`LossSum` on its way to the host, and the microbatches' own, still on the device.
+
+    Reading it waits for the work queued before it was made, not for what was queued since.
+    """
+
+    def __init__(self, totals: torch.Tensor, losses: list[torch.Tensor]) -> None:
+        self.losses = losses
+        self._host, self._arrived = totals, None
+        if totals.is_cuda:
+            self._host = torch.empty_like(totals, device="cpu", pin_memory=True)
+            self._host.copy_(totals, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> LossSum:
+        """The numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss_sum, num_tokens, *votes = self._host.tolist()
+        return LossSum(loss_sum, int(num_tokens), tuple(map(int, votes)))
 
 
 def _masked_loss(
@@ -62,16 +93,22 @@ def _masked_loss(
     return loss_sum, num_tokens.to(torch.int), torch.stack((loss_sum.detach(), num_tokens))
 
 
-def _forward(device: torch.device) -> Any:
-    """The ``forward_step_func`` of megatron-core's schedules, for batches on any device."""
+def _forward(ctx: ParallelContext) -> Any:
+    """The ``forward_step_func`` of megatron-core's schedules, for batches on any device.
+
+    Under context parallelism a rank keeps its two pieces of every sequence, as megatron-core cuts them.
+    """
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     def forward(batches: Iterator[Batch], module: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         on_device = {
-            key: batch[key].to(device, non_blocking=True)
+            key: batch[key].to(ctx.device, non_blocking=True)
             for key in ("tokens", "labels", "position_ids", "loss_mask", "attention_mask")
             if key in batch
         }
+        if ctx.cp_size > 1:
+            on_device = get_batch_on_this_cp_rank(on_device)
         output = module(
             on_device["tokens"],
             on_device["position_ids"],
@@ -96,26 +133,30 @@ def _run(
     micro_batch_size: int,
     seq_length: int,
     forward_only: bool,
-) -> LossSum:
+    votes: Callable[[], Sequence[int]],
+) -> _Totals:
     """Forward (and backward) over the microbatches; every rank gets the sum over all data-parallel ranks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     losses = get_forward_backward_func()(
-        forward_step_func=_forward(ctx.device),
-        data_iterator=batches,
+        forward_step_func=_forward(ctx),
+        data_iterator=list(itertools.tee(batches, len(model))) if len(model) > 1 else batches,
         model=model,
         num_microbatches=num_microbatches,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    totals = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+    own_votes = votes()
+    totals = torch.zeros(2 + len(own_votes), dtype=torch.float64, device=ctx.device)
     if ctx.is_last_stage and ctx.tp_rank == 0:
-        totals += torch.stack(losses).double().sum(dim=0)
+        totals[:2] = torch.stack(losses).double().sum(dim=0)
+    for index, vote in enumerate(own_votes):
+        if vote:
+            totals[2 + index] = vote
     if ctx.world_size > 1:
         dist.all_reduce(totals)
-    loss_sum, num_tokens = totals.tolist()
-    return LossSum(loss_sum, int(num_tokens))
+    return _Totals(totals, losses)
 
 
 def train_step(
@@ -128,19 +169,28 @@ def train_step(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    schedule_increment: int = 1,
+    votes: Callable[[], Sequence[int]] = tuple,
 ) -> StepResult:
     """One optimizer step. Collective over the world.
+
+    The host waits for the device where megatron-core does: once for the number of tokens, to scale the
+    gradients, and once for the gradient norm, which decides whether there is an update.
 
     Args:
         model: from ``build_model(..., wrap_with_ddp=True)``.
         optimizer: from ``build_optimizer``.
-        scheduler: from ``build_scheduler``; advanced by one step, also when the update is skipped.
+        scheduler: from ``build_scheduler``; advanced also when the update is skipped.
         batches: yields at least ``num_microbatches`` microbatches of this rank's data-parallel share; every
             rank of one data-parallel index must be given the same ones.
         ctx: the layout.
-        num_microbatches: microbatches a data-parallel rank.
+        num_microbatches: microbatches a data-parallel rank; may differ from step to step. With interleaved
+            stages a multiple of the pipeline size.
         micro_batch_size: B.
         seq_length: T.
+        schedule_increment: what the scheduler is advanced by: 1, or the tokens of the step.
+        votes: asked for this rank's votes after the backward pass, as many on every rank; the sums over the
+            ranks come back with the loss, at no further cost.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -153,24 +203,41 @@ def train_step(
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
         forward_only=False,
+        votes=votes,
     )
-    grad_norm, skipped = _update(optimizer)
-    scheduler.step(increment=1)
-    loss = totals.loss_sum / totals.num_tokens if totals.num_tokens else 0.0
-    return StepResult(loss, grad_norm, skipped, totals.num_tokens)
+    grad_norm, skipped = _update(optimizer, totals)
+    scheduler.step(increment=schedule_increment)
+    sums = totals.read()
+    loss = sums.loss_sum / sums.num_tokens if sums.num_tokens else 0.0
+    bad = () if math.isfinite(sums.loss_sum) else _bad_microbatches(totals.losses, ctx, num_microbatches)
+    return StepResult(loss, grad_norm, skipped, sums.num_tokens, sums.votes, bad)
 
 
-def _update(optimizer: Any) -> tuple[float, bool]:
-    """Clip and apply the gradients unless they are not finite; returns the norm and whether it was skipped.
+def _bad_microbatches(
+    losses: list[torch.Tensor], ctx: ParallelContext, num_microbatches: int
+) -> tuple[tuple[int, int], ...]:
+    """(microbatch, data-parallel rank) of those whose loss is not finite. Collective over the world."""
+    found = torch.zeros(ctx.dp_size, num_microbatches, dtype=torch.int32, device=ctx.device)
+    if ctx.is_last_stage:
+        found[ctx.dp_rank] = (~torch.stack(losses)[:, 0].isfinite()).int()
+    if ctx.world_size > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return tuple((microbatch, rank) for rank, microbatch in found.nonzero().tolist())
 
-    As megatron-core's ``ChainedOptimizer.step``, with the check in the middle that it makes for float16 only.
+
+def _update(optimizer: Any, totals: _Totals) -> tuple[float, bool]:
+    """Clip and apply the gradients; returns their norm, and whether nothing was done.
+
+    Nothing is done where the norm or the loss is not finite: an infinite loss may have a finite gradient. The
+    loss is read after the norm, when it has long arrived. As megatron-core's ``ChainedOptimizer.step``, with
+    the check in the middle that it makes for float16 only.
     """
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
     with torch.no_grad():
         optimizer.prepare_grads()
         grad_norm = float(optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
+        if not (math.isfinite(grad_norm) and math.isfinite(totals.read().loss_sum)):
             return grad_norm, True
         clip = optimizer.config.clip_grad
         if clip > 0.0 and grad_norm > clip:
@@ -191,11 +258,13 @@ def evaluate_loss(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    votes: Callable[[], Sequence[int]] = tuple,
 ) -> LossSum:
     """Loss of one global batch without dropout and without gradients. Collective over the world.
 
     Arguments as in :func:`train_step`; the mean loss is ``loss_sum / num_tokens``.
     """
+    gather_parameters(model)
     modes = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
@@ -208,7 +277,8 @@ def evaluate_loss(
             micro_batch_size=micro_batch_size,
             seq_length=seq_length,
             forward_only=True,
-        )
+            votes=votes,
+        ).read()
     finally:
         for chunk, mode in zip(model, modes, strict=True):
             chunk.train(mode)

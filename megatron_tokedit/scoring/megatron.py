@@ -11,7 +11,7 @@ import hashlib
 import orjson
 import torch
 
-from megatron_tokedit.engine import checkpoint
+from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.engine.inference import load_language_model
 from megatron_tokedit.errors import CheckpointError, ConfigError, PriorError
 from megatron_tokedit.scoring.head import OutputHead
@@ -32,16 +32,16 @@ def identify_checkpoint(path: str, known: PriorFiles | None = None) -> PriorIden
         PriorError: there is no complete checkpoint, or it does not say what model it holds.
     """
     try:
-        folder = checkpoint.require(path)
-        run_config = checkpoint.read_json(folder, checkpoint.RUN_CONFIG_FILE)
-        state = checkpoint.read_json(folder, checkpoint.STATE_FILE)
+        folder = checkpoint_folder.require(path)
+        run_config = checkpoint_folder.read_json(folder, checkpoint_folder.RUN_CONFIG_FILE)
+        state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
         model = run_config["model"]
         vocab_size = int(state["vocab_size"])
         max_context_tokens = int(model.get("max_position_embeddings") or model["seq_length"])
     except (CheckpointError, KeyError) as error:
         raise PriorError(f"prior {path}: not a usable Megatron checkpoint: {error}") from error
     tokenizer = state.get("tokenizer") or {}
-    files = orjson.loads((folder / checkpoint.MARKER).read_bytes())["files"]
+    files = orjson.loads((folder / checkpoint_folder.MARKER).read_bytes())["files"]
     return PriorIdentity(
         path=str(folder),
         backend="megatron",

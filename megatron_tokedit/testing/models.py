@@ -40,6 +40,14 @@ def tiny_gpt2(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**fields, **changes})
 
 
+def tiny_model(family: str, **changes: Any) -> ModelConfig:
+    """A model of any family: :func:`tiny_gpt2`, or the sizes of :func:`tiny_llama` (4 experts)."""
+    if family == "gpt2":
+        return tiny_gpt2(**changes)
+    experts = {"num_moe_experts": 4} if family == "mixtral" else {}
+    return tiny_llama(family=family, **{**experts, **changes})
+
+
 def random_batches(
     vocab_size: int,
     *,

@@ -7,6 +7,7 @@ processes and leaves none behind, whether it returned, raised or was killed.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -44,7 +45,11 @@ def _environment(changes: dict[str, str], removed: Sequence[str]) -> Iterator[No
 
 
 def _tear_down() -> None:
-    """Forget the process group and megatron-core's global state."""
+    """Forget the process group and megatron-core's global state.
+
+    Models are reference cycles and hold the groups of their layout, each with threads and sockets of its own;
+    without collecting them a pool of ranks would grow by hundreds of threads.
+    """
     import torch.distributed as dist
 
     if "megatron.core.parallel_state" in sys.modules:
@@ -55,8 +60,10 @@ def _tear_down() -> None:
         parallel_state.destroy_model_parallel()
         unset_num_microbatches_calculator()
         destroy_rerun_state_machine()
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
 
 
 def _run_task(task: dict[str, Any]) -> Any:

@@ -1,16 +1,17 @@
 """What a run will need, before anything is started: memory a rank, from the sizes alone.
 
 Parameters, gradients and optimizer state are exact up to norms; activations follow Korthikanti et al. (2022,
-arXiv 2205.05198) without the attention matrix, which the attention kernels never store.
+arXiv 2205.05198) without the attention matrix, which the attention kernels never store, and with experts
+evenly loaded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_tokedit.config.sections import RunConfig
+from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, RunConfig
 from megatron_tokedit.config.validate import num_microbatches
-from megatron_tokedit.engine.model import num_parameters, padded_vocab_size
+from megatron_tokedit.engine.sizes import layer_size, padded_vocab_size
 
 GIB = 1024**3
 
@@ -36,35 +37,82 @@ def estimate_memory(config: RunConfig, *, data_parallel_size: int) -> MemoryEsti
 
     Args:
         config: resolved (every model default filled in).
-        data_parallel_size: ranks that share the optimizer state where it is distributed.
+        data_parallel_size: copies of the model. With the context-parallel ranks they share the optimizer
+            state where it is distributed; that of experts, only those that hold the same ones.
     """
     model, parallel = config.model, config.parallel
-    tensor_parallel, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    vocab_size = model.vocab_size or 0
-    rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor_parallel)
-    matrices = 1 if model.ties_embeddings else 2
-    layers = num_parameters(model, vocab_size) - matrices * vocab_size * model.hidden_size
-    own_matrices = matrices if stages == 1 else 1
-    own = layers / (tensor_parallel * stages) + own_matrices * rows * model.hidden_size / tensor_parallel
-
+    rows = padded_vocab_size(
+        model.vocab_size or 0, model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
+    )
+    dense, experts = _rank_parameters(model, parallel, rows)
     mixed = config.precision.recipe == "bf16"
     value_bytes = 2 if mixed else 4
-    shards = data_parallel_size if parallel.use_distributed_optimizer else 1
-    tokens = model.seq_length * config.training.micro_batch_size
-    in_flight = min(stages, num_microbatches(config.training, data_parallel_size))
+    replicas = data_parallel_size * parallel.context_parallel_size
+    shards, expert_shards = (
+        (replicas, max(1, replicas // parallel.expert_model_parallel_size))
+        if parallel.use_distributed_optimizer
+        else (1, 1)
+    )
+    tokens = model.seq_length * config.training.micro_batch_size / parallel.context_parallel_size
+    in_flight = _microbatches_in_flight(parallel, num_microbatches(config.training, data_parallel_size))
     return MemoryEstimate(
-        parameters=own * value_bytes,
-        gradients=own * 4,
-        optimizer=own * (12 if mixed else 8) / shards,
-        activations=tokens * _activation_values(config) * value_bytes * model.num_layers / stages * in_flight,
-        logits=tokens * rows / tensor_parallel * (value_bytes + 4),
+        parameters=(dense + experts) * value_bytes,
+        gradients=(dense + experts) * 4,
+        optimizer=(dense / shards + experts / expert_shards) * (12 if mixed else 8),
+        activations=tokens * _stage_activations(model, parallel, in_flight) * value_bytes,
+        logits=tokens * rows / parallel.tensor_model_parallel_size * (value_bytes + 4),
     )
 
 
-def _activation_values(config: RunConfig) -> float:
-    """Values kept for the backward pass, a token and layer, on one tensor-parallel rank."""
-    model = config.model
-    heads, groups = model.num_attention_heads, model.num_key_value_heads
-    split = (2 * heads + 2 * groups) * model.head_size
-    split += model.ffn_size * (4 if model.family == "llama" else 2)
-    return 4 * model.hidden_size + split / config.parallel.tensor_model_parallel_size
+def _rank_parameters(model: ModelConfig, parallel: ParallelConfig, rows: int) -> tuple[float, float]:
+    """Parameters of the fullest rank: those every data-parallel rank holds, and those of its experts."""
+    tensor_parallel, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layer, num_layers = layer_size(model), model.num_layers / stages
+    mlps = layer.num_experts * layer.mlp / tensor_parallel
+    matrices = 1 if model.ties_embeddings or stages > 1 else 2
+    positions = 0 if model.family_traits.uses_rope else model.max_positions * model.hidden_size
+    dense = num_layers * (layer.attention / tensor_parallel + layer.router + layer.norms)
+    dense += matrices * rows * model.hidden_size / tensor_parallel + positions
+    if not model.family_traits.has_experts:
+        return dense + num_layers * mlps, 0.0
+    return dense, num_layers * mlps / parallel.expert_model_parallel_size
+
+
+def _microbatches_in_flight(parallel: ParallelConfig, num_microbatches: int) -> float:
+    """Microbatches whose activations the first stage keeps (Narayanan et al., 2021, section 2.2)."""
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    waiting = stages + (stages - 1) / chunks if chunks > 1 else stages
+    return min(waiting, num_microbatches)
+
+
+def _stage_activations(model: ModelConfig, parallel: ParallelConfig, in_flight: float) -> float:
+    """Values the first stage keeps for the backward pass, a token of one microbatch."""
+    layers = model.num_layers / parallel.pipeline_model_parallel_size
+    whole = _layer_activations(model, parallel)
+    if parallel.recompute_granularity != "full":
+        return layers * whole * in_flight
+    entrance = model.hidden_size / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    count = parallel.recompute_num_layers or 1
+    if parallel.recompute_method == "block":
+        count *= parallel.virtual_pipeline_model_parallel_size  # counted in every chunk of layers
+        return (count * entrance + (layers - count) * whole) * in_flight + whole
+    return layers / count * entrance * in_flight + count * whole
+
+
+def _layer_activations(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """Values of one layer kept for the backward pass, a token."""
+    family, h = model.family_traits, model.hidden_size
+    tensor_parallel = parallel.tensor_model_parallel_size
+    selective = parallel.recompute_granularity == "selective"
+    recomputed = set(parallel.recompute_modules or []) if selective else set()
+    copies = model.moe_router_topk if family.has_experts else 1
+    residual = h * (2 if "layernorm" in recomputed else 4)  # inputs of both norms, and what they put out
+    attention = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_size
+    mlp = 0.0
+    if not recomputed & {"mlp", "moe"}:
+        mlp = copies * model.ffn_size * (4 if family.gated_linear_unit else 2)
+        mlp += 2 * copies * h if family.has_experts else 0  # tokens sorted by expert, and back
+    split = attention + mlp
+    if parallel.sequence_parallel:
+        return (residual + split) / tensor_parallel
+    return residual + split / tensor_parallel

@@ -62,7 +62,7 @@ def test_values_and_overrides(good: Path) -> None:
         ],
     )
     assert config.optimizer.lr == 5e-4
-    assert [source.weight for source in config.data.train] == [1.0, 2.0]
+    assert [source.weight for source in config.data.train] == [None, 2.0]
     assert config.parallel.tensor_model_parallel_size == 2
     assert config.data.validation[0].prefix == "z"
 

@@ -43,11 +43,14 @@ class Run:
         self.optimizer = build_optimizer(optimizer, precision, parallel, self.model, self.ctx)
         schedule = ScheduleConfig(lr_warmup_steps=2)
         self.scheduler = build_scheduler(optimizer, schedule, self.optimizer, train_steps=20)
+        self.restart_batches()
+
+    def restart_batches(self) -> None:
         self.batches = random_batches(
-            vocab_size,
+            self.vocab_size,
             num_microbatches=NUM_MICROBATCHES,
             micro_batch_size=MICRO_BATCH_SIZE,
-            seq_length=model.seq_length,
+            seq_length=self.config.seq_length,
             dp_rank=self.ctx.dp_rank,
             dp_size=self.ctx.dp_size,
         )
@@ -94,11 +97,16 @@ class Run:
             **kwargs,
         )
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path, **kwargs: Any) -> dict[str, Any]:
         from megatron_tokedit.engine import checkpoint
 
         return checkpoint.load(
-            folder, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, ctx=self.ctx
+            folder,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            ctx=self.ctx,
+            **kwargs,
         )
 
 
@@ -111,12 +119,15 @@ def start(
     recipe: str = "fp32",
     seed: int = 7,
     vocab_size: int = VOCAB_SIZE,
+    layout: dict[str, Any] | None = None,
     **optimizer: Any,
 ) -> Run:
+    """``layout`` holds further fields of ``ParallelConfig``."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         use_distributed_optimizer=distributed,
+        **(layout or {}),
     )
     settings = OptimizerConfig(**{"lr": 1e-2, **optimizer})
     return Run(model, parallel, PrecisionConfig(recipe=recipe), settings, seed, vocab_size)
@@ -138,6 +149,19 @@ def load_and_train(
     run = start(model, seed=99, **layout)
     run.skip_batches(run.load(folder)["step"])
     return [(run.evaluate(), 0.0), *run.steps(num_steps)]
+
+
+def load_each_and_train(
+    folders: dict[str, Path], model: ModelConfig, num_steps: int, **layout: Any
+) -> dict[str, list[tuple[float, float]]]:
+    """:func:`load_and_train` for every folder, one after the other in the same model and optimizer."""
+    run = start(model, seed=99, **layout)
+    results = {}
+    for name, folder in folders.items():
+        run.restart_batches()
+        run.skip_batches(run.load(folder)["step"])
+        results[name] = [(run.evaluate(), 0.0), *run.steps(num_steps)]
+    return results
 
 
 def train_straight(model: ModelConfig, num_steps: int, **layout: Any) -> list[tuple[float, float]]:

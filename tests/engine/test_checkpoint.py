@@ -5,6 +5,7 @@ import resource
 import engine_cases
 import pytest
 
+from megatron_tokedit.config.training import CheckpointConfig
 from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import CheckpointError
 from megatron_tokedit.testing.models import tiny_llama
@@ -46,7 +47,7 @@ def save_three(folder, model):
     run = engine_cases.start(model)
     for step in (1, 2, 3):
         run.steps(1)
-        run.save(folder, step, keep_last=2)
+        run.save(folder, step, settings=CheckpointConfig(save_interval_steps=1, keep_last=2))
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,15 @@ import engine_cases
 import pytest
 
 from megatron_tokedit.errors import CheckpointError
-from megatron_tokedit.testing.models import tiny_gpt2, tiny_llama
+from megatron_tokedit.testing.models import tiny_gpt2, tiny_llama, tiny_model
 
 MODELS = {
     "llama": tiny_llama(),
     "gpt2": tiny_gpt2(),
     "tied": tiny_llama(share_embeddings_and_output_weights=True),
+    "qwen3": tiny_model("qwen3"),
+    "olmo": tiny_model("olmo"),
+    "mixtral": tiny_model("mixtral"),
 }
 
 
@@ -20,7 +23,7 @@ def logits_of_saved(folder, model):
 
     from megatron_tokedit.engine.model import unwrap
 
-    run = engine_cases.start(model, tp=2)
+    run = engine_cases.start(model, tp=2, layout={"sequence_parallel": True})
     run.steps(2)
     run.save(folder, 2)
     ids = torch.arange(40).reshape(2, 20)
@@ -94,3 +97,20 @@ def refused(folder):
 def test_folder_without_checkpoint(ranks, tmp_path):
     (message,) = ranks.run(refused, tmp_path, world_size=1)
     assert "has no complete checkpoint" in message
+
+
+def matrix_parameters(folder):
+    from megatron_tokedit.engine.inference import load_language_model
+
+    return load_language_model(folder, device="cpu").count_parameters()[1]
+
+
+@pytest.mark.parametrize("family", ["olmo", "mixtral"])
+def test_matrix_parameters_are_those_a_token_meets(ranks, tmp_path, family):
+    from megatron_tokedit.engine.sizes import flops_per_token
+
+    model = tiny_model(family)
+    ranks.run(engine_cases.train_and_save, tmp_path, model, 1, world_size=1)
+    (counted,) = ranks.run(matrix_parameters, tmp_path, world_size=1)
+    attention = model.num_layers * 4 * model.hidden_size * (model.seq_length + 1) / 2
+    assert 2 * counted == flops_per_token(model, engine_cases.VOCAB_SIZE) / 3 - attention

@@ -3,41 +3,11 @@ from __future__ import annotations
 import engine_cases
 import pytest
 
-from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_tokedit.config.sections import ParallelConfig, PrecisionConfig
+from megatron_tokedit.engine import layers
 from megatron_tokedit.engine import model as engine_model
 from megatron_tokedit.errors import ConfigError
-from megatron_tokedit.testing.models import tiny_gpt2, tiny_llama
-
-MODELS = {
-    "llama": tiny_llama(),
-    "llama-tied": tiny_llama(share_embeddings_and_output_weights=True),
-    "llama-wide-heads": tiny_llama(kv_channels=16),
-    "gpt2": tiny_gpt2(),
-    "gpt2-untied": tiny_gpt2(share_embeddings_and_output_weights=False, max_position_embeddings=48),
-}
-
-
-def count(model):
-    run = engine_cases.start(model)
-    return sum(parameter.numel() for parameter in run.model[0].parameters())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_parameter_count_is_exact(ranks, name):
-    model = MODELS[name]
-    padding = engine_model.padded_vocab_size(90, 16, 1)
-    assert padding == 96
-    assert ranks.run(count, model, world_size=1) == [engine_model.num_parameters(model, 96)]
-
-
-def test_published_parameter_counts():
-    gpt2 = ModelConfig(family="gpt2", num_layers=12, hidden_size=768, num_attention_heads=12, seq_length=1024)
-    assert engine_model.num_parameters(gpt2, 50257) == 124_439_808
-    llama3_8b = ModelConfig(
-        num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336,
-        seq_length=8192,
-    )  # fmt: skip
-    assert engine_model.num_parameters(llama3_8b, 128256) == 8_030_261_248
+from megatron_tokedit.testing.models import tiny_llama
 
 
 def test_flops_follow_the_six_n_rule_plus_attention():
@@ -78,9 +48,10 @@ def specs_of_a_gpu():
         "get_gpt_layer_with_transformer_engine_spec",
         gpt_layer_specs.get_gpt_layer_local_spec,
     )
-    with te_spec, mock.patch.object(engine_model.preflight, "probe", return_value=probe):
+    config = mock.Mock(num_moe_experts=None, moe_grouped_gemm=False, qk_layernorm=False)
+    with te_spec, mock.patch.object(layers.preflight, "probe", return_value=probe):
         specs = [
-            engine_model.layer_spec(None, torch.device("cuda"), documents_masked=masked)
+            layers.layer_spec(config, torch.device("cuda"), documents_masked=masked)
             for masked in (False, True)
         ]
     return [spec.submodules.self_attention.params["attn_mask_type"].name for spec in specs]
