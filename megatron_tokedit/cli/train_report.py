@@ -1,16 +1,20 @@
 """What ``tools/train.py --dry-run`` and ``--progress`` print.
 
-Invariant: needs no GPU and no process group, changes nothing on disk, and goes on past a problem to find the
-next one.
+Invariant: needs no GPU and no process group, changes nothing on disk (but the index cache, where
+``--build-index`` asks for it), and goes on past a problem to find the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_tokedit.config.raw_sources import preprocessing_of
+from megatron_tokedit.cli.train_data_report import data_lines
+from megatron_tokedit.config.batch_sizes import batch_stages
+from megatron_tokedit.config.parallel_checks import layout_in_words, model_ranks, smallest_world
+from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import resolve, to_yaml
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.config.validate import num_microbatches
@@ -18,19 +22,33 @@ from megatron_tokedit.dataset.sources import missing_sources
 from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import TokeditError
 from megatron_tokedit.pipeline.plan import load_plan
+from megatron_tokedit.pipeline.prepared import placed_output_prefix
 from megatron_tokedit.pipeline.workdir import WorkDir
+from megatron_tokedit.training.trackers import missing_packages
 
 GIB = 1024**3
+REQUEUE_FILE = "requeue"
+"""In the run folder of a run that was stopped by a signal or its time limit, until it is started again."""
+
+
+def known_sources(config: RunConfig) -> RunConfig:
+    """The configuration with the prefixes that are known without reading any input; changes nothing."""
+    return with_prefixes(config, partial(placed_output_prefix, prepared_dir=config.data.prepared_dir))
 
 
 def print_progress(config: RunConfig) -> int:
     """Print how far the run is on one line, without torch; returns the exit code.
 
-    The newest complete checkpoint's step and, while sources have yet to be made, their finished work units.
+    The newest complete checkpoint's step, while sources have yet to be made their finished work units, and
+    ``to be continued`` after a stop that asks for a requeue.
     """
+    config = known_sources(config)
     latest = checkpoint_folder.find_latest(Path(config.run_dir) / "checkpoints")
     step = checkpoint_folder.read_json(latest, checkpoint_folder.STATE_FILE)["step"] if latest else 0
     parts = [f"{config.run_dir}: step {step} of {config.training.train_steps}", *_preparation(config)]
+    stopped = Path(config.run_dir) / REQUEUE_FILE
+    if stopped.exists():
+        parts.append(f"stopped by {stopped.read_text(encoding='utf-8').strip()}, to be continued")
     print("; ".join(parts))
     return 0
 
@@ -39,7 +57,7 @@ def _preparation(config: RunConfig) -> Iterator[str]:
     """``preparing NAME: 3 of 11 units`` for every source that has to be made first."""
     for source in missing_sources(config):
         workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
-        plan = load_plan(workdir.plan)
+        plan = load_plan(workdir.plan) if source.prefix is not None else None
         if plan is None:
             yield f"preparing {source.name}: not begun"
         else:
@@ -47,21 +65,22 @@ def _preparation(config: RunConfig) -> Iterator[str]:
             yield f"preparing {source.name}: {done} of {len(plan.units)} units"
 
 
-def print_report(config: RunConfig, world_size: int | None) -> int:
+def print_report(config: RunConfig, world_size: int | None, *, build_index: bool = False) -> int:
     """Print everything that is known before a run starts.
 
     Args:
         config: sound.
         world_size: number of ranks; None: as few as the model needs, said so.
+        build_index: build the index cache too, if no problem was found.
 
     Returns:
         0, or 1 if a problem was found.
     """
-    problems: list[str] = []
+    problems = missing_packages(config.logging)
+    config = known_sources(config)
     parallel = config.parallel
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    assumed = " (assumed: one copy of the model; give --world-size)" if world_size is None else ""
-    ranks = world_size or model_ranks
+    assumed = " (assumed: as few as the layout needs; give --world-size)" if world_size is None else ""
+    ranks = world_size or smallest_world(parallel)
     spec = _tokenizer(config, problems)
     vocab_size = spec["vocab_size"] if spec else config.model.vocab_size
     if vocab_size is not None:
@@ -69,10 +88,15 @@ def print_report(config: RunConfig, world_size: int | None) -> int:
     print("# resolved configuration")
     print(to_yaml(config))
     print(f"# sizes on {ranks} rank(s){assumed}")
-    for line in _sizes(config, ranks // model_ranks, vocab_size):
+    for line in _sizes(config, ranks // model_ranks(parallel), vocab_size):
+        print(line)
+    print("\n# start")
+    print(_start(config, spec, problems))
+    print("\n# schedule")
+    for line in _schedule(config):
         print(line)
     print("\n# data")
-    for line in _data(config, spec, problems):
+    for line in data_lines(config, spec, problems, build_index=build_index):
         print(line)
     if problems:
         print(f"\n# {len(problems)} problem(s)")
@@ -106,10 +130,7 @@ def _sizes(config: RunConfig, data_parallel: int, vocab_size: int | None) -> Ite
 
     training, model, parallel = config.training, config.model, config.parallel
     tokens = training.global_batch_size * model.seq_length
-    yield (
-        f"layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
-        f"{parallel.pipeline_model_parallel_size} x data {data_parallel}"
-    )
+    yield f"layout: {layout_in_words(parallel, data_parallel)}"
     yield (
         f"batch: {training.global_batch_size} sequences a step = {training.micro_batch_size} a microbatch x "
         f"{num_microbatches(training, data_parallel)} microbatches x {data_parallel} data-parallel rank(s); "
@@ -128,38 +149,51 @@ def _sizes(config: RunConfig, data_parallel: int, vocab_size: int | None) -> Ite
     yield f"memory a rank (estimate): {memory.total / GIB:.3g} GiB = {shown}"
 
 
-def _data(config: RunConfig, spec: Mapping[str, Any] | None, problems: list[str]) -> Iterator[str]:
-    """The table of sources, and what has to be made first."""
-    from megatron_tokedit.cli.train_sources import outdated_sources
-    from megatron_tokedit.config.raw_sources import preprocessing_of
-    from megatron_tokedit.corpus import expand_inputs
-    from megatron_tokedit.dataset.sources import format_shares, inspect_sources, source_shares
+def _start(config: RunConfig, spec: dict[str, Any] | None, problems: list[str]) -> str:
+    """What the first step goes on from."""
+    from megatron_tokedit.training.origin import find_origin
 
-    for source in missing_sources(config):
-        yield f"to be made first: {source.prefix} from {', '.join(source.input or [])}"
-        try:
-            expand_inputs(source.input or [])
-            job = preprocessing_of(source, config.tokenizer)
-            if job.edits and job.prior is not None:
-                from megatron_tokedit.scoring.load import identify_prior  # imports torch
-
-                identify_prior(job.prior, job.prior_backend)
-        except TokeditError as error:
-            problems.append(f"source {source.name}: {error}")
-    problems += outdated_sources(config)
     if spec is None:
-        yield "the sources cannot be checked without the tokenizer"
-        return
+        return "checkpoints cannot be checked without the tokenizer"
     try:
-        infos = inspect_sources(
-            config.data, tokenizer_spec=spec, seq_length=config.model.seq_length, require_all=False
-        )
+        origin = find_origin(config, spec, Path(config.run_dir) / "checkpoints", speaks=False)
     except TokeditError as error:
         problems.append(str(error))
-        return
-    num_samples = config.training.train_steps * config.training.global_batch_size
-    shares = source_shares(
-        config.data, infos, num_train_samples=num_samples, seq_length=config.model.seq_length
-    )
-    if shares:
-        yield from format_shares(shares)
+        return "from a checkpoint that cannot be used"
+    if origin.folder is None:
+        return "from scratch"
+    if origin.is_own:
+        return f"goes on after step {origin.state['step']} of {config.training.train_steps}: {origin.folder}"
+    return f"step 0 with the weights of {origin.folder}"
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    """The learning rate at the schedule's corners and in between."""
+    from megatron_tokedit.engine.optimizer import learning_rates
+
+    steps = config.training.train_steps
+    shown = {1, steps, *(max(1, steps * part // 8) for part in range(1, 8))}
+    for corner in _corners(config):
+        shown |= {step for step in (corner, corner + 1) if 0 < step <= steps}
+    chosen = sorted(shown)
+    for step, rate in zip(chosen, learning_rates(config, chosen), strict=True):
+        yield f"step {step:>{len(str(steps))}}: learning rate {rate:.6g}"
+
+
+def _corners(config: RunConfig) -> Iterator[int]:
+    """Steps after which the warm-up ends, and a WSD schedule's decay begins; and the decay's last step."""
+    schedule = config.schedule
+    stages = batch_stages(config.training)
+    seq_length = config.model.seq_length
+    length = stages[-1].end_sample * seq_length if schedule.in_tokens else config.training.train_steps
+    end = schedule.decay or length
+    start_of_fall = end - schedule.wsd_decay if schedule.wsd_decay else 0
+    for corner in (schedule.warmup, start_of_fall, end):
+        if not schedule.in_tokens:
+            yield corner
+            continue
+        for stage in stages:
+            if stage.end_sample * seq_length >= corner:
+                samples = -(-corner // seq_length) - stage.first_sample
+                yield stage.first_step + max(0, -(-samples // stage.batch_size))
+                break

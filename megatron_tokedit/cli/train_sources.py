@@ -6,22 +6,25 @@ of the preprocessing (its models, its process groups) is left when training star
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.config.raw_sources import preprocessing_of
+from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import differences
 from megatron_tokedit.config.sections import RunConfig
+from megatron_tokedit.dataset.sources import all_sources, dataset_exists, missing_sources
 from megatron_tokedit.errors import TokeditError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.pipeline.prepared import place_output
 
 if TYPE_CHECKING:
     from megatron_tokedit.dataset.manifest import Manifest
@@ -39,11 +42,10 @@ def outdated_sources(config: RunConfig) -> list[str]:
     Compares with the manifest; input files by number and size, as far as they are still there.
     """
     from megatron_tokedit.dataset.manifest import read_manifest
-    from megatron_tokedit.dataset.sources import all_sources, dataset_exists
 
     found = []
     for place, source in all_sources(config.data):
-        if source.input is None or not dataset_exists(source.prefix):
+        if source.input is None or source.prefix is None or not dataset_exists(source.prefix):
             continue
         manifest = read_manifest(source.prefix)
         changes = (
@@ -94,24 +96,47 @@ def _priors(recorded: dict[str, Any], job: PreprocessConfig) -> tuple[dict[str, 
     return old, new
 
 
-def prepare_sources(config: RunConfig) -> None:
-    """Make the missing datasets. Collective over the ranks of the launcher.
+def prepare_sources(config: RunConfig) -> RunConfig:
+    """Look for all datasets and make the missing ones. Collective over the ranks of the launcher.
+
+    Returns:
+        The configuration with the prefix of every source.
 
     Raises:
         TokeditError: preprocessing failed here or on another rank.
     """
-    from megatron_tokedit.dataset.sources import missing_sources
-
+    ranks = _Ranks()
+    config = _located(config, ranks)
     missing = missing_sources(config)
     if not missing:
         logger.info("all data sources are there, nothing to prepare")
-        return
-    ranks = _Ranks()
+        return config
     for number, source in enumerate(missing):
         job = preprocessing_of(source, config.tokenizer)
         logger.info("preparing source %s: %s from %s", source.name, source.prefix, ", ".join(job.input))
         ranks.together(f"edit-{number}", partial(_run_stage, job, "edit", ranks))
         ranks.together(f"merge-{number}", partial(_run_stage, job, "merge", ranks))
+    return config
+
+
+def _located(config: RunConfig, ranks: _Ranks) -> RunConfig:
+    """The configuration with every prefix; rank 0 reads what has to be read."""
+    if all(source.prefix is not None for _, source in all_sources(config.data)):
+        return config
+
+    def place() -> dict[str, str]:
+        found: dict[str, str] = {}
+        for where, source in all_sources(config.data):
+            if source.prefix is None:
+                job = preprocessing_of(source, config.tokenizer)
+                try:
+                    found[job.model_dump_json()] = place_output(job, config.data.prepared_dir)
+                except TokeditError as error:
+                    raise type(error)(f"{where} ({source.name}): {error}") from error
+        return found
+
+    places = ranks.from_rank_zero("place", place)
+    return with_prefixes(config, lambda job: places[job.model_dump_json()])
 
 
 def _run_stage(job: PreprocessConfig, stage: Literal["edit", "merge"], ranks: _Ranks) -> None:
@@ -134,6 +159,20 @@ class _Ranks:
             store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"prepare-{attempt}", store)
+
+    def from_rank_zero(self, name: str, action: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """What ``action`` returns on rank 0. Collective.
+
+        Raises:
+            TokeditError: it failed on rank 0.
+        """
+        found: dict[str, str] = {}
+        self.together(name, lambda: found.update(action()) if self.rank == 0 else None)
+        if self._store is None:
+            return found
+        if self.rank == 0:
+            self._store.set(f"{name}/result", json.dumps(found))
+        return cast("dict[str, str]", json.loads(self._store.get(f"{name}/result").decode()))
 
     def together(self, name: str, action: Callable[[], None]) -> None:
         """Run ``action`` on this rank as if it were alone, then wait for all ranks. Collective.

@@ -1,51 +1,160 @@
-"""From the sources of a training configuration to megatron-core's ``GPTDataset`` and ``BlendedDataset``.
+"""From the sources of a training configuration to datasets of megatron-core's ``GPTDataset``.
 
-Why not ``BlendedMegatronDatasetBuilder.build``: it keys the index cache by path, so a dataset rebuilt under
-the same name would be read through stale indexes; it writes the cache in place; and when rank 0 fails, the
-other ranks wait for it until the timeout. The two dataset classes and the sample order are megatron-core's:
-the same seed, weights and sizes give the order that Megatron-LM gives.
-
-Invariant: indexes are keyed by the content of a dataset, appear by rename, and are built by rank 0 alone;
-if that fails, every rank raises the same error.
+Invariant: sample ``n`` of a run is fixed by the sources, their weights and the seed: neither the number of
+ranks, nor the number of steps, nor how often the run was interrupted has an influence; a single source's
+first epoch and a blend's order are those of Megatron-LM. Rank 0 builds the indexes; if that fails, every rank
+raises the same error.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
-from megatron.core.datasets.blended_dataset import BlendedDataset
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import Split, normalize
+from megatron.core.datasets.utils import Split
 
-from megatron_tokedit.config.sections import DataConfig, SourceConfig
+from megatron_tokedit.config.sections import DataConfig, TrainingConfig
+from megatron_tokedit.dataset.blend_plan import refuse_beyond_cap
+from megatron_tokedit.dataset.blend_state import BlendState, resume_blend
+from megatron_tokedit.dataset.index_cache import BlendOrder, IndexCache
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
-from megatron_tokedit.dataset.sources import SourceInfo
-from megatron_tokedit.errors import DataFormatError
+from megatron_tokedit.dataset.sources import SourceInfo, prefix_of
+from megatron_tokedit.errors import ConfigError
+from megatron_tokedit.log import get_logger
 
-Dataset: TypeAlias = GPTDataset | BlendedDataset
-_Built = TypeVar("_Built", GPTDataset, BlendedDataset)
+__all__ = ["BlendState", "Datasets", "SampleLocation", "TrainBlend", "build_datasets", "resume_blend"]
 
-_SURPLUS = 0.005
-"""Extra samples indexed for each source of a blend, as in megatron-core's builder."""
+logger = get_logger(__name__)
+
+_OPEN_EPOCHS = 2
+"""Epochs of a source that are kept open: samples are read in order, but by several workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLocation:
+    """Where a sample of a run comes from."""
+
+    source: str
+    epoch: int
+    sample_in_epoch: int
+
+    def __str__(self) -> str:
+        return f"{self.source}, epoch {self.epoch}, sample {self.sample_in_epoch}"
+
+
+class TrainBlend(torch.utils.data.Dataset[dict[str, Any]]):
+    """The training samples of a run under the run's own numbers, from ``state.start_sample`` on.
+
+    Attributes:
+        state: the stretch that the samples belong to; what a checkpoint records.
+    """
+
+    def __init__(
+        self,
+        state: BlendState,
+        infos: Mapping[str, SourceInfo],
+        num_samples: int,
+        order: BlendOrder | None,
+        open_epoch: Callable[[SourceInfo, int], GPTDataset],
+    ) -> None:
+        """Take the parts; :func:`build_datasets` makes them.
+
+        Args:
+            state: the stretch.
+            infos: of its sources, by name.
+            num_samples: one past the last sample of the run.
+            order: of the stretch, where it has several sources.
+            open_epoch: opens the indexes of an epoch.
+        """
+        self.state = state
+        self._num_samples = num_samples
+        self._order = order
+        self._names = list(state.shares)
+        self._infos = [infos[name] for name in self._names]
+        self._open_epoch = open_epoch
+        self._open: dict[tuple[int, int], GPTDataset] = {}
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int | None) -> Any:
+        """The sample; for None a row of the same form that is left out of the loss."""
+        number, drawn = self._draw(self._num_samples - 1 if index is None else index)
+        epoch, sample = divmod(drawn, self._infos[number].num_samples)
+        return self._epoch(number, epoch)[None if index is None else sample]
+
+    def locate(self, sample: int) -> SampleLocation:
+        """Where ``sample`` comes from, without reading it."""
+        number, drawn = self._draw(sample)
+        return SampleLocation(self._names[number], *divmod(drawn, self._infos[number].num_samples))
+
+    def counters_at(self, sample: int) -> dict[str, int]:
+        """Samples drawn from each source before ``sample``; sources that are gone keep theirs."""
+        counters = dict(self.state.counters)
+        for number, name in enumerate(self._names):
+            counters[name] += self._draws_before(number, self._offset(sample, last=self._num_samples))
+        return counters
+
+    def nth_draw(self, name: str, number: int) -> int | None:
+        """The sample that is draw ``number`` of a source; None where it is not of this stretch."""
+        offset = number - self.state.counters[name]
+        if offset < 0 or name not in self._names:
+            return None
+        if self._order is not None:
+            draws_N = np.flatnonzero(self._order[0] == self._names.index(name))
+            offset = int(draws_N[offset]) if offset < len(draws_N) else self._num_samples
+        sample = self.state.start_sample + offset
+        return sample if sample < self._num_samples else None
+
+    def _offset(self, sample: int, *, last: int) -> int:
+        """The place of a sample in the stretch."""
+        if not self.state.start_sample <= sample <= last:
+            raise IndexError(f"sample {sample}: expected {self.state.start_sample} to {last}")
+        return sample - self.state.start_sample
+
+    def _draw(self, sample: int) -> tuple[int, int]:
+        """The number of a sample's source, and the number of the draw from it."""
+        offset = self._offset(sample, last=self._num_samples - 1)
+        number, earlier = 0, offset
+        if self._order is not None:
+            number, earlier = int(self._order[0][offset]), int(self._order[1][offset])
+        return number, self.state.counters[self._names[number]] + earlier
+
+    def _draws_before(self, number: int, offset: int) -> int:
+        """Draws of a source among the first ``offset`` samples of the stretch: its last one says it."""
+        if self._order is None:
+            return offset
+        sources_N, earlier_N = self._order
+        width = 1024
+        while offset > 0:
+            start = max(0, offset - width)
+            if len(found := np.flatnonzero(sources_N[start:offset] == number)):
+                return int(earlier_N[start + found[-1]]) + 1
+            offset, width = start, width * 4
+        return 0
+
+    def _epoch(self, number: int, epoch: int) -> GPTDataset:
+        """An epoch's dataset; the last few of a source stay open."""
+        if (number, epoch) not in self._open:
+            mine = [key for key in self._open if key[0] == number]
+            for key in mine[: len(mine) + 1 - _OPEN_EPOCHS]:
+                del self._open[key]
+            self._open[number, epoch] = self._open_epoch(self._infos[number], epoch)
+        return self._open[number, epoch]
 
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """The datasets of a run: ``train`` yields at least the samples asked for, validation one epoch each."""
+    """The datasets of a run: ``train`` under the run's sample numbers, validation one epoch each."""
 
-    train: Dataset
+    train: TrainBlend
     validation: dict[str, GPTDataset]
 
 
@@ -76,44 +185,47 @@ def build_datasets(
     seed: int,
     tokenizer_spec: Mapping[str, Any],
     cache_dir: str | Path,
+    blend_state: BlendState | None = None,
+    start_sample: int | None = None,
+    training: TrainingConfig | None = None,
 ) -> Datasets:
     """Build, or load from the cache, the datasets of a run.
 
-    Collective over the world; a process group must exist.
+    Collective over the world where a process group exists; else this process builds them alone.
 
     Args:
         data: sources and masking options.
         infos: what :func:`megatron_tokedit.dataset.sources.inspect_sources` found, by prefix.
-        num_train_samples: sequences that the run will draw.
+        num_train_samples: sequences that the run will have drawn when it ends, those of earlier starts
+            included.
         seq_length: tokens a sample; one more is read for the labels.
         seed: of the document order and the sample order.
         tokenizer_spec: ``vocab_size``, ``eod`` and ``fingerprint`` of the tokenizer.
         cache_dir: a folder on a file system that all ranks share.
+        blend_state: from :func:`resume_blend`; default: that of a new run.
+        start_sample: first sample that this start of the run reads; epochs that lie before it are not
+            indexed. Default: the first of ``blend_state``.
+        training: to name the largest ``train_steps`` where a source has ``max_epochs``.
 
     Raises:
         DataFormatError: rank 0 could not build or write the indexes, or a rank does not see them.
+        ConfigError: a source would be drawn for more than its ``max_epochs``, or the seed is not the one that
+            the run began with.
     """
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        blend_per_split=[([source.prefix for source in data.train], None), None, None],
-        tokenizer=_DatasetTokenizer(
-            tokenizer_spec["vocab_size"], tokenizer_spec["eod"], tokenizer_spec["fingerprint"]
-        ),
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask,
-        drop_last_partial_validation_sequence=False,
-        mid_level_dataset_surplus=_SURPLUS,
-    )
-    cache = _IndexCache(Path(cache_dir), config)
+    state = _with_seed(blend_state or resume_blend(None, 0, data, infos)[0], seed)
+    first = state.start_sample if start_sample is None else start_sample
+    config = _dataset_config(data, seq_length, seed, tokenizer_spec)
+    by_name = {source.name: infos[prefix_of(source)] for source in data.train}
 
     def build() -> Datasets:
+        cache = IndexCache(Path(cache_dir), config)
+        blend = _open_blend(cache, state, by_name, num_train_samples)
+        refuse_beyond_cap(data, by_name, blend, training)
+        _ensure_epochs(cache, blend, by_name, first)
         return Datasets(
-            train=_blend(cache, data.train, infos, num_train_samples),
+            train=blend,
             validation={
-                source.name: cache.source(infos[source.prefix], None, Split.valid)
+                source.name: cache.epoch(infos[prefix_of(source)], 0, Split.valid)
                 for source in data.validation
             },
         )
@@ -122,74 +234,65 @@ def build_datasets(
     return build()
 
 
-def _blend(
-    cache: _IndexCache, sources: Sequence[SourceConfig], infos: Mapping[str, SourceInfo], num_samples: int
-) -> Dataset:
-    """The training dataset: one source as it is, several as megatron-core's blend."""
-    if len(sources) == 1:
-        return cache.source(infos[sources[0].prefix], num_samples, Split.train)
-    weights = normalize([source.weight for source in sources])
-    targets = [math.ceil(num_samples * weight) for weight in weights]
-    datasets = [
-        cache.source(infos[source.prefix], math.ceil(target * (1 + _SURPLUS)), Split.train)
-        for source, target in zip(sources, targets, strict=True)
-    ]
-    return cache.blend(datasets, weights, sum(targets))
+def _with_seed(state: BlendState, seed: int) -> BlendState:
+    """The stretch with its seed.
+
+    Raises:
+        ConfigError: it is not the one that the run began with.
+    """
+    if state.seed not in (None, seed):
+        raise ConfigError(
+            f"seed: got {seed}, but the samples drawn so far are in the order of seed {state.seed}: others "
+            f"would come twice or never; put it back, or start a new run by giving another run_dir"
+        )
+    return replace(state, seed=seed)
 
 
-class _IndexCache:
-    """One folder an index, named by a hash of what the index depends on; a folder that exists is complete."""
+def _dataset_config(
+    data: DataConfig, seq_length: int, seed: int, tokenizer_spec: Mapping[str, Any]
+) -> GPTDatasetConfig:
+    """megatron-core's settings; the blend in it is only there because it must be."""
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend_per_split=[([prefix_of(source) for source in data.train], None), None, None],
+        tokenizer=_DatasetTokenizer(
+            tokenizer_spec["vocab_size"], tokenizer_spec["eod"], tokenizer_spec["fingerprint"]
+        ),
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=data.reset_attention_mask,
+        drop_last_partial_validation_sequence=False,
+    )
 
-    def __init__(self, directory: Path, config: GPTDatasetConfig) -> None:
-        self.directory = directory
-        self.config = config
 
-    def source(self, info: SourceInfo, num_samples: int | None, split: Split) -> GPTDataset:
-        """All documents of one dataset; ``num_samples`` None means one epoch."""
+def _open_blend(
+    cache: IndexCache, state: BlendState, infos: Mapping[str, SourceInfo], num_samples: int
+) -> TrainBlend:
+    order = None
+    if len(state.shares) > 1:
+        order = cache.order([*state.shares.values()], max(0, num_samples - state.start_sample))
+    open_epoch = partial(cache.epoch, split=Split.train)  # picklable, for loaders that do not fork
+    return TrainBlend(state, infos, num_samples, order, open_epoch)
 
-        def make(config: GPTDatasetConfig) -> GPTDataset:
-            low_level = GPTDataset.build_low_level_dataset(info.prefix, config)
-            indices = np.arange(low_level.sequence_lengths.shape[0], dtype=np.int32)
-            return GPTDataset(low_level, info.identity, indices, num_samples, split, config)
 
-        return self._load([info.identity, num_samples, split.name], make)
+def _ensure_epochs(
+    cache: IndexCache, blend: TrainBlend, infos: Mapping[str, SourceInfo], start_sample: int
+) -> None:
+    """Have the indexes of all epochs that are read from ``start_sample`` on."""
+    started, built = time.perf_counter(), 0
+    for name, epochs in _epochs_to_read(blend, infos, start_sample):
+        for epoch in epochs:
+            built += cache.ensure_epoch(infos[name], epoch, Split.train)
+    if built:
+        logger.info("built %d epoch indexes in %.1f s", built, time.perf_counter() - started)
 
-    def blend(self, datasets: list[GPTDataset], weights: list[float], size: int) -> BlendedDataset:
-        """A blend of ``size`` samples."""
-        description = [[dataset.unique_description for dataset in datasets], weights, size]
-        return self._load(description, lambda config: BlendedDataset(datasets, weights, size, config))
 
-    def _load(self, description: list[Any], make: Callable[[GPTDatasetConfig], _Built]) -> _Built:
-        """Make a dataset from its cached indexes; rank 0 builds them first where they are missing."""
-        config = self.config
-        settings = [config.random_seed, config.sequence_length, config.tokenizer.unique_identifiers]
-        text = json.dumps([version("megatron-core"), settings, description])
-        folder = self.directory / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        if not folder.is_dir():
-            if dist.get_rank() != 0:
-                raise DataFormatError(
-                    f"{folder}: rank {dist.get_rank()} does not see the index that rank 0 has built; "
-                    f"data.cache_dir must be on a file system that all nodes share"
-                )
-            self._build(folder, make)
-        return make(dataclasses.replace(config, path_to_cache=str(folder)))
-
-    def _build(self, folder: Path, make: Callable[[GPTDatasetConfig], object]) -> None:
-        """Build in a private folder and rename it; a job that comes second uses the first one's."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            private = Path(tempfile.mkdtemp(prefix=".building-", dir=self.directory))
-        except OSError as error:
-            raise DataFormatError(
-                f"data.cache_dir: {self.directory} cannot be written: {error.strerror}"
-            ) from error
-        try:
-            make(dataclasses.replace(self.config, path_to_cache=str(private)))
-            private.chmod(0o755)
-            try:
-                private.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(private, ignore_errors=True)
+def _epochs_to_read(
+    blend: TrainBlend, infos: Mapping[str, SourceInfo], start_sample: int
+) -> Iterator[tuple[str, range]]:
+    first, last = blend.counters_at(start_sample), blend.counters_at(len(blend))
+    for name in blend.state.shares:
+        samples = infos[name].num_samples
+        yield name, range(first[name] // samples, -(-last[name] // samples))

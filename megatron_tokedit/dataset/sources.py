@@ -1,25 +1,35 @@
 """What the data sources of a run hold, before anything is trained on: sizes, tokenizer check, table.
 
+Sources are named in messages, tables and checkpoints, and found on disk by prefix.
+
 Invariant: a source whose manifest disagrees with the run's tokenizer is never trained on, and all faults of
 all sources are in one message.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tokedit.config.raw_sources import preprocessing_of
 from megatron_tokedit.config.sections import DataConfig, RunConfig, SourceConfig
 from megatron_tokedit.dataset.atomic import sha256_of_file
 from megatron_tokedit.dataset.manifest import Manifest, check_compatible, read_manifest
 from megatron_tokedit.dataset.reader import IndexedDataset
-from megatron_tokedit.errors import DataFormatError, TokeditError
+from megatron_tokedit.errors import ConfigError, DataFormatError, TokeditError
 from megatron_tokedit.log import get_logger
 
+if TYPE_CHECKING:
+    from megatron_tokedit.dataset.blend_state import BlendState
+
 logger = get_logger(__name__)
+
+
+_HASHED_WHOLE_BYTES = 64 << 20
+_SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +41,80 @@ class SourceInfo:
         num_documents: documents in it.
         num_tokens: tokens in it.
         identity: what indexes over it are keyed by; changes with its content.
+        seq_length: tokens of a sample.
     """
 
     prefix: str
     num_documents: int
     num_tokens: int
     identity: str
+    seq_length: int
+
+    @property
+    def num_samples(self) -> int:
+        """Training samples in one epoch; the tokens that do not fill one are left out."""
+        return (self.num_tokens - 1) // self.seq_length
 
 
 @dataclass(frozen=True, slots=True)
 class SourceShare:
-    """What a run draws from one training source."""
+    """What a run draws from one training source, as its shares say.
+
+    Attributes:
+        name: of the source.
+        num_documents: documents in it.
+        num_tokens: tokens in it.
+        share: of the samples that are still to be drawn.
+        drawn_tokens: in all, when the run ends.
+        drawn_before_tokens: of them before this start of the run.
+        budget_tokens: its token budget.
+        max_epochs: its cap.
+    """
 
     name: str
     num_documents: int
     num_tokens: int
     share: float
     drawn_tokens: int
+    drawn_before_tokens: int = 0
+    budget_tokens: int | None = None
+    max_epochs: float | None = None
 
     @property
     def epochs(self) -> float:
         """Passes over the source."""
         return self.drawn_tokens / self.num_tokens
+
+
+def prefix_of(source: SourceConfig) -> str:
+    """The prefix of a source whose place is known.
+
+    Raises:
+        ConfigError: it is not: the dataset has to be made from ``input`` first.
+    """
+    if source.prefix is None:
+        raise ConfigError(
+            f"source {source.name}: has no `prefix` and its dataset was not looked for yet; tools/train.py "
+            f"does that, and makes it (--prepare) where it is not there"
+        )
+    return source.prefix
+
+
+def asked_shares(data: DataConfig) -> tuple[dict[str, float], bool]:
+    """Weight or token budget of every training source by name, and whether they are budgets."""
+    by_tokens = any(source.tokens is not None for source in data.train)
+    return {
+        source.name: float((source.tokens if by_tokens else source.weight) or 1.0) for source in data.train
+    }, by_tokens
+
+
+def domains_of(data: DataConfig) -> dict[str, list[str]]:
+    """Domain -> names of its validation sources; only sources that have a domain."""
+    domains: dict[str, list[str]] = {}
+    for source in data.validation:
+        if source.domain is not None:
+            domains.setdefault(source.domain, []).append(source.name)
+    return domains
 
 
 def all_sources(data: DataConfig) -> Iterator[tuple[str, SourceConfig]]:
@@ -62,9 +124,9 @@ def all_sources(data: DataConfig) -> Iterator[tuple[str, SourceConfig]]:
             yield f"data.{split}.{index}", source
 
 
-def dataset_exists(prefix: str) -> bool:
-    """Whether ``prefix`` names a dataset (the ``.idx`` file appears last)."""
-    return Path(f"{prefix}.idx").is_file() and Path(f"{prefix}.bin").is_file()
+def dataset_exists(prefix: str | None) -> bool:
+    """Whether ``prefix`` names a dataset (the ``.idx`` file appears last); not where it is not known yet."""
+    return prefix is not None and Path(f"{prefix}.idx").is_file() and Path(f"{prefix}.bin").is_file()
 
 
 def missing_sources(config: RunConfig) -> list[SourceConfig]:
@@ -73,7 +135,7 @@ def missing_sources(config: RunConfig) -> list[SourceConfig]:
     for _, source in all_sources(config.data):
         if source.input is not None and not dataset_exists(source.prefix):
             job = preprocessing_of(source, config.tokenizer)
-            found.setdefault(job.output_prefix, source)
+            found.setdefault(job.model_dump_json() if source.prefix is None else job.output_prefix, source)
     return list(found.values())
 
 
@@ -100,7 +162,7 @@ def inspect_sources(
         if not require_all and source.input is not None and not dataset_exists(source.prefix):
             continue
         try:
-            infos[source.prefix] = _inspect(source, tokenizer_spec, seq_length)
+            infos[prefix_of(source)] = _inspect(prefix_of(source), tokenizer_spec, seq_length)
         except TokeditError as error:
             faults.append(f"{place} ({source.name}): {error}")
     if faults:
@@ -108,47 +170,46 @@ def inspect_sources(
     return infos
 
 
-def _inspect(source: SourceConfig, tokenizer_spec: Mapping[str, Any], seq_length: int) -> SourceInfo:
-    if not dataset_exists(source.prefix):
+def _inspect(prefix: str, tokenizer_spec: Mapping[str, Any], seq_length: int) -> SourceInfo:
+    if not dataset_exists(prefix):
         raise DataFormatError(
-            f"{source.prefix}.bin and .idx are not there; make them with tools/preprocess_edit.py, or give "
-            f"the source its raw text as `input`"
+            f"{prefix}.bin and .idx are not there; make them with tools/preprocess_edit.py, or give the "
+            f"source its raw text as `input`"
         )
-    dataset = IndexedDataset(source.prefix)
+    dataset = IndexedDataset(prefix)
     dataset.refuse_truncated()
-    manifest = read_manifest(source.prefix)
+    manifest = read_manifest(prefix)
     if manifest is None:
         logger.warning(
             "%s has no manifest: whether this run's tokenizer wrote it cannot be checked",
-            source.prefix,
+            prefix,
         )
     else:
         check_compatible(
-            source.prefix,
+            prefix,
             manifest,
             tokenizer_fingerprint=tokenizer_spec["fingerprint"],
             vocab_size=tokenizer_spec["vocab_size"],
         )
     if dataset.num_tokens <= seq_length:
         raise DataFormatError(
-            f"{source.prefix} holds {dataset.num_tokens} tokens, one sample needs model.seq_length + 1 = "
+            f"{prefix} holds {dataset.num_tokens} tokens, one sample needs model.seq_length + 1 = "
             f"{seq_length + 1}"
         )
     return SourceInfo(
-        source.prefix, dataset.num_documents, dataset.num_tokens, _identity(source.prefix, manifest)
+        prefix, dataset.num_documents, dataset.num_tokens, _identity(prefix, manifest), seq_length
     )
 
 
 def _identity(prefix: str, manifest: Manifest | None) -> str:
-    """The manifest's checksums; without one, the hash of ``.idx`` and the size and time of ``.bin``.
+    """The manifest's checksums; without one, the hashes of ``.idx`` and of (a sample of) ``.bin``.
 
     Raises:
         DataFormatError: the manifest belongs to other files.
     """
     idx_sha256 = sha256_of_file(f"{prefix}.idx")
     if manifest is None:
-        stat = Path(f"{prefix}.bin").stat()
-        return f"{idx_sha256}:{stat.st_size}:{stat.st_mtime_ns}"
+        return f"{idx_sha256}:{_sampled_sha256(f'{prefix}.bin')}"
     if manifest.checksums["idx"] != idx_sha256:
         raise DataFormatError(
             f"{prefix}.manifest.json does not belong to {prefix}.idx: one of them was replaced after they "
@@ -157,39 +218,98 @@ def _identity(prefix: str, manifest: Manifest | None) -> str:
     return f"{idx_sha256}:{manifest.checksums['bin']}"
 
 
+def _sampled_sha256(path: str) -> str:
+    """SHA-256 (hex) over the size and the content of a file; of a large one over blocks spread evenly."""
+    size = Path(path).stat().st_size
+    if size <= _HASHED_WHOLE_BYTES:
+        return sha256_of_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for block in range(_SAMPLED_BLOCKS):
+            file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
 def source_shares(
-    data: DataConfig, infos: Mapping[str, SourceInfo], *, num_train_samples: int, seq_length: int
+    data: DataConfig,
+    infos: Mapping[str, SourceInfo],
+    *,
+    num_train_samples: int,
+    seq_length: int,
+    state: BlendState | None = None,
+    start_sample: int = 0,
 ) -> list[SourceShare]:
-    """What a run of ``num_train_samples`` sequences draws from each training source that is in ``infos``."""
-    total_weight = sum(source.weight for source in data.train)
-    shares = []
+    """What a run draws from each training source that is in ``infos``.
+
+    Args:
+        data: the sources.
+        infos: from :func:`inspect_sources`.
+        num_train_samples: sequences that the run will have drawn when it ends.
+        seq_length: tokens of a sequence.
+        state: from ``resume_blend``, where the run has begun.
+        start_sample: sequences that were drawn before.
+    """
+    asked, _ = asked_shares(data)
+    total = sum(asked.values())
+    shares = {name: value / total for name, value in asked.items()}
+    before = dict.fromkeys(asked, 0.0)
+    in_all = {name: share * num_train_samples for name, share in shares.items()}
+    if state is not None:
+        shares = state.shares
+        before, in_all = state.expected_at(start_sample), state.expected_at(num_train_samples)
+    found = []
     for source in data.train:
-        if info := infos.get(source.prefix):
-            share = source.weight / total_weight
-            drawn = round(num_train_samples * share) * seq_length
-            shares.append(SourceShare(source.name, info.num_documents, info.num_tokens, share, drawn))
-    return shares
+        if info := infos.get(source.prefix or ""):
+            found.append(
+                SourceShare(
+                    name=source.name,
+                    num_documents=info.num_documents,
+                    num_tokens=info.num_tokens,
+                    share=shares.get(source.name, 0.0),
+                    drawn_tokens=round(in_all[source.name]) * seq_length,
+                    drawn_before_tokens=round(before[source.name]) * seq_length,
+                    budget_tokens=source.tokens,
+                    max_epochs=source.max_epochs,
+                )
+            )
+    return found
 
 
 def format_shares(shares: Sequence[SourceShare]) -> list[str]:
-    """The table that is shown before step 1, as lines."""
-    rows = [("source", "documents", "tokens", "share", "tokens drawn", "epochs")]
-    rows += [
-        (
-            share.name,
-            f"{share.num_documents:,}",
-            f"{share.num_tokens:,}",
-            f"{share.share:.1%}",
-            f"{share.drawn_tokens:,}",
-            f"{share.epochs:.2f}",
-        )
-        for share in shares
+    """The table that is shown before step 1, as lines; columns that say nothing are left out."""
+    columns: list[tuple[str, list[str]]] = [
+        ("source", [share.name for share in shares]),
+        ("documents", [f"{share.num_documents:,}" for share in shares]),
+        ("tokens", [f"{share.num_tokens:,}" for share in shares]),
+        ("share", [f"{share.share:.1%}" for share in shares]),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if any(share.budget_tokens for share in shares):
+        columns.append(("budget", [f"{share.budget_tokens or 0:,}" for share in shares]))
+    if any(share.drawn_before_tokens for share in shares):
+        columns.append(("drawn before", [f"{share.drawn_before_tokens:,}" for share in shares]))
+    columns.append(("tokens drawn", [f"{share.drawn_tokens:,}" for share in shares]))
+    columns.append(("epochs", [f"{share.epochs:.2f}" for share in shares]))
+    if any(share.max_epochs for share in shares):
+        columns.append(
+            ("at most", [f"{share.max_epochs:g}" if share.max_epochs else "-" for share in shares])
+        )
+    widths = [max(len(cell) for cell in (title, *cells)) for title, cells in columns]
+    rows = [[title for title, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
     return [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
-    ]
+    ] + _budget_lines(shares)
+
+
+def _budget_lines(shares: Sequence[SourceShare]) -> list[str]:
+    """How far the run goes through its token budgets."""
+    budget = sum(share.budget_tokens or 0 for share in shares)
+    if not budget:
+        return []
+    drawn = sum(share.drawn_tokens for share in shares)
+    beyond = "; training.train_steps goes beyond the budgets" if drawn > budget else ""
+    return [f"the run draws {drawn:,} of {budget:,} budgeted tokens ({drawn / budget:.1%}){beyond}"]

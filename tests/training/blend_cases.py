@@ -15,6 +15,7 @@ from megatron_tokedit.dataset.rank_zero import from_rank_zero
 from megatron_tokedit.dataset.sources import inspect_sources
 
 SEQ_LENGTH = 16
+SEED = 11
 
 
 def data_config(folder: Path, names: dict[str, float], **fields: Any) -> DataConfig:
@@ -24,24 +25,18 @@ def data_config(folder: Path, names: dict[str, float], **fields: Any) -> DataCon
     return DataConfig(train=sources, validation=[sources[0]], **fields)
 
 
-def _build(data: DataConfig, folder: Path, num_samples: int) -> Datasets:
-    infos = inspect_sources(data, tokenizer_spec=SPEC, seq_length=SEQ_LENGTH)
-    return build_datasets(
-        data,
-        infos,
-        num_train_samples=num_samples,
-        seq_length=SEQ_LENGTH,
-        seed=11,
-        tokenizer_spec=SPEC,
-        cache_dir=folder / "cache",
-    )
+def build(data: DataConfig, folder: Path, num_samples: int, **more: Any) -> Datasets:
+    """Datasets with the test's settings; ``more`` goes to ``build_datasets``."""
+    infos = inspect_sources(data, tokenizer_spec=SPEC, seq_length=more.get("seq_length", SEQ_LENGTH))
+    settings = {"seed": SEED, "seq_length": SEQ_LENGTH, "cache_dir": folder / "cache", **more}
+    return build_datasets(data, infos, num_train_samples=num_samples, tokenizer_spec=SPEC, **settings)
 
 
 def samples(
     folder: Path, names: dict[str, float], num_samples: int, fields: dict[str, Any]
 ) -> dict[str, Any]:
     """The first ``num_samples`` training samples, the validation rows, and the cache's files and times."""
-    datasets = _build(data_config(folder, names, **fields), folder, num_samples)
+    datasets = build(data_config(folder, names, **fields), folder, num_samples)
     files = {
         str(path.relative_to(folder)): path.stat().st_mtime_ns for path in (folder / "cache").rglob("*.npy")
     }
@@ -59,6 +54,12 @@ def samples(
     }
 
 
+def alone(folder: Path, names: dict[str, float], num_samples: int) -> list[list[int]]:
+    """The training samples' tokens, built without ranks."""
+    train = build(data_config(folder, names), folder, num_samples).train
+    return [train[index]["tokens"].tolist() for index in range(num_samples)]
+
+
 def megatron_samples(folder: Path, names: dict[str, float], num_samples: int) -> list[list[int]]:
     """The same, by megatron-core's own builder."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -67,7 +68,7 @@ def megatron_samples(folder: Path, names: dict[str, float], num_samples: int) ->
     from megatron_tokedit.dataset.blend import _DatasetTokenizer
 
     config = GPTDatasetConfig(
-        random_seed=11,
+        random_seed=SEED,
         sequence_length=SEQ_LENGTH,
         blend_per_split=[([f"{folder}/{name}" for name in names], list(names.values())), None, None],
         tokenizer=_DatasetTokenizer(SPEC["vocab_size"], SPEC["eod"], SPEC["fingerprint"]),
@@ -95,7 +96,16 @@ def build_without_permission(folder: Path, names: dict[str, float]) -> str:
     (folder / "cache").write_text("a file where the folder should be") if dist.get_rank() == 0 else None
     dist.barrier()
     try:
-        _build(data_config(folder, names), folder, 8)
+        build(data_config(folder, names), folder, 8)
     except Exception as error:  # noqa: BLE001 - the test looks at it
         return f"{os.getpid()} {type(error).__name__}: {error}"
+    return "nothing"
+
+
+def build_in_folders_of_their_own(folder: Path, names: dict[str, float]) -> str:
+    """Every rank has a cache that the others do not see; returns what this rank raised."""
+    try:
+        build(data_config(folder, names), folder, 8, cache_dir=folder / f"cache{dist.get_rank()}")
+    except Exception as error:  # noqa: BLE001 - the test looks at it
+        return f"{type(error).__name__}: {error}"
     return "nothing"
