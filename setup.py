@@ -52,5 +52,7 @@ setup(
         "fp8": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "eval": ["lm-eval>=0.4.9,<0.5"],
         "fast": ["gigatoken>=0.10,<1"],
+        "wandb": ["wandb>=0.17,<1"],
+        "mlflow": ["mlflow>=2.14,<4"],
     },
 )

@@ -86,12 +86,18 @@ requeue_if_interrupted() {
     exit 0
 }
 
+# Training ended itself before the job's time was over (runtime.exit_after_minutes), or was told to by others.
+wants_requeue() {
+    [[ "$(python tools/train.py --config "$@" --progress 2>/dev/null)" == *"to be continued" ]]
+}
+
 for stage in prepare train; do
     status=0
     if [[ "$stage" == prepare ]]; then
         launch --config "$@" --prepare || status=$?
     else
         launch --config "$@" || status=$?
+        if ((status)) && wants_requeue "$@"; then interrupted=1; fi
     fi
     requeue_if_interrupted "$@"
     ((status == 0)) || exit "$status"

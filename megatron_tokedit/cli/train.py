@@ -6,19 +6,27 @@ Invariant: whatever can be found wrong without starting a process group is found
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_tokedit.cli.main import add_common_arguments, run_command
+from megatron_tokedit.cli.main import EXIT_OK, add_common_arguments, run_command
 from megatron_tokedit.cli.train_progress import progress_shown
-from megatron_tokedit.cli.train_report import print_progress, print_report
+from megatron_tokedit.cli.train_report import REQUEUE_FILE, print_progress, print_report
 from megatron_tokedit.config.load import load_config
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset.sources import missing_sources
 from megatron_tokedit.errors import ConfigError, TokeditError
 from megatron_tokedit.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron_tokedit.training.signals import StopRequest
+    from megatron_tokedit.training.trainer import TrainResult
 
 logger = get_logger(__name__)
 
@@ -31,8 +39,10 @@ Train a model as a YAML file says. Start one process a GPU (or a CPU rank) with 
       parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
 
 Running the same command again goes on from the newest complete checkpoint in run_dir. Sources that name raw
-text (`input`) and are not there yet are made first, by all ranks. SIGTERM and SIGUSR1 end the run after one
-complete checkpoint; torchrun hands on SIGTERM only and dies of SIGUSR1, so send that one to the ranks."""
+text (`input`) and are not there yet are made first, by all ranks. SIGTERM, SIGUSR1 and the time limit
+runtime.exit_after_minutes end the run after one complete checkpoint; the ranks exit with 75: run it again to
+go on. torchrun makes 1 of it (--progress tells it from an error), hands on SIGTERM only and dies of
+SIGUSR1, so send that one to the ranks."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     actions.add_argument("--prepare", action="store_true", help="make the missing datasets and stop")
     actions.add_argument("--progress", action="store_true", help="print how far the run is and stop")
+    parser.add_argument(
+        "--build-index",
+        action="store_true",
+        help="with --dry-run: build the index cache (data.cache_dir) of the run, for any number of ranks",
+    )
     parser.add_argument(
         "--world-size",
         type=int,
@@ -92,8 +107,8 @@ def _run(argv: Sequence[str]) -> int:
         if arguments.progress:
             return print_progress(config)
         if arguments.dry_run:
-            return print_report(config, _world_size(arguments))
-        _prepare(config, wanted=arguments.prepare)
+            return print_report(config, _world_size(arguments), build_index=arguments.build_index)
+        config = _prepare(config, wanted=arguments.prepare)
     return 0 if arguments.prepare else _train(config, quiet=arguments.quiet)
 
 
@@ -102,17 +117,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
         parser.error("--world-size is a number of ranks, at least 1, and goes with --dry-run")
+    if arguments.build_index and not arguments.dry_run:
+        parser.error("--build-index goes with --dry-run")
     return arguments
 
 
-def _prepare(config: RunConfig, *, wanted: bool) -> None:
-    """Make the missing datasets and refuse those that were made otherwise than the configuration says."""
+def _prepare(config: RunConfig, *, wanted: bool) -> RunConfig:
+    """Make the missing datasets and refuse those that were made otherwise than the configuration says.
+
+    Returns the configuration with the prefixes of all datasets.
+    """
     from megatron_tokedit.cli.train_sources import outdated_sources, prepare_sources
 
     if wanted or missing_sources(config):
-        prepare_sources(config)
+        config = prepare_sources(config)
     if outdated := outdated_sources(config):
         raise ConfigError("\n  - ".join(["datasets that do not fit the configuration:", *outdated]))
+    return config
 
 
 def _world_size(arguments: argparse.Namespace) -> int | None:
@@ -126,6 +147,47 @@ def _world_size(arguments: argparse.Namespace) -> int | None:
 
 
 def _train(config: RunConfig, *, quiet: bool) -> int:
+    """Train; 0 at the end or at ``runtime.exit_at_step``, else the code that asks for a requeue."""
+    from megatron_tokedit.training.signals import EXIT_REQUEUE, StopNow, StopRequest
+
+    _note_stop(config, None)
+    try:
+        with StopRequest(config.runtime.exit_after_minutes) as stop:
+            result = _train_until(stop, config, quiet=quiet)
+    except StopNow as reason:
+        _note_stop(config, f"{reason} before its first step")
+        logging.shutdown()
+        os._exit(EXIT_REQUEUE)  # other ranks may wait for this one: nothing can be taken down in order
+    if result.finished:
+        logger.info("finished: %d steps, checkpoint %s", result.state.step, result.checkpoint)
+        return EXIT_OK
+    stopped = f"{result.stopped_by} after step {result.state.step} of {config.training.train_steps}"
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.warning("stopped by %s; the same command goes on from %s", stopped, result.checkpoint)
+    if result.stopped_by == "exit_at_step":
+        return EXIT_OK
+    _note_stop(config, stopped)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's answer to the rank that is out first
+    return EXIT_REQUEUE
+
+
+def _note_stop(config: RunConfig, reason: str | None) -> None:
+    """Leave word in the run folder for ``--progress`` that the run is to go on: torchrun hides exit codes."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    path = Path(config.run_dir) / REQUEUE_FILE
+    try:
+        if reason is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(reason + "\n", encoding="utf-8")
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error.strerror)
+
+
+def _train_until(stop: StopRequest, config: RunConfig, *, quiet: bool) -> TrainResult:
+    """Start the ranks and train until the run is complete or told to stop."""
     from megatron_tokedit.engine.initialize import initialize
     from megatron_tokedit.tokenizers import load_tokenizer, tokenizer_spec
     from megatron_tokedit.training.trainer import train
@@ -136,23 +198,14 @@ def _train(config: RunConfig, *, quiet: bool) -> int:
         ctx = initialize(
             config.parallel, seed=config.seed, device=runtime.device, cpu_threads=runtime.cpu_threads
         )
-    num_steps = config.training.train_steps
     try:
         with (
             _rank_zero_first(),
-            progress_shown(num_steps, enabled=ctx.rank == 0 and not quiet) as progress,
+            progress_shown(config.training.train_steps, enabled=ctx.rank == 0 and not quiet) as progress,
         ):
-            result = train(config, ctx, spec, progress=progress)
+            result = train(config, ctx, spec, progress=progress, stop=stop)
+        ctx.barrier()  # none goes before all are done: the launcher ends the others then
+        return result
     finally:
-        ctx.destroy()
-    if result.finished:
-        logger.info("finished: %d steps, checkpoint %s", result.state.step, result.checkpoint)
-    elif ctx.rank == 0:
-        logger.warning(
-            "stopped by %s after step %d of %d; the same command goes on from %s",
-            result.stopped_by,
-            result.state.step,
-            num_steps,
-            result.checkpoint,
-        )
-    return 0
+        if not stop.interrupted:
+            ctx.destroy()

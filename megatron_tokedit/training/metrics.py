@@ -1,77 +1,143 @@
-"""Where the numbers of a run go: TensorBoard, ``metrics.jsonl``, and one readable line a log interval.
+"""Where the numbers of a run go: ``metrics.jsonl``, TensorBoard, tracking services, and one readable line a
+log interval.
 
-Invariant: only rank 0 writes; a rerun drops the records of steps that it repeats, so each step is in
-``metrics.jsonl`` once.
+Invariant: only rank 0 writes; each step is in ``metrics.jsonl`` once, whatever interrupted the run; a
+tracking service that fails while the run is on costs a warning, not the run.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tokedit.dataset.atomic import atomic_write_bytes
+from megatron_tokedit.config.sections import RunConfig
+from megatron_tokedit.log import get_logger
+from megatron_tokedit.training.metrics_file import (
+    FILE_NAME,
+    MetricsFile,
+    flat_numbers,
+    last_recorded_step,
+    read_records,
+)
 from megatron_tokedit.training.throughput import Rates
+from megatron_tokedit.training.trackers import Outcome, Tracker, open_trackers
 
-FILE_NAME = "metrics.jsonl"
+logger = get_logger(__name__)
 
 
 class MetricsWriter:
-    """Writes to a run folder; on ranks other than 0 it does nothing."""
+    """Writes to a run folder and to tracking services; on ranks other than 0 it does nothing."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, is_writer: bool) -> None:
+    def __init__(
+        self, run_dir: Path, *, first_step: int, is_writer: bool, trackers: Sequence[Tracker] = ()
+    ) -> None:
         """Open the logs.
 
         Args:
             run_dir: the run's folder.
             first_step: the step that comes next; records of this and later steps are dropped.
             is_writer: true on rank 0 only.
+            trackers: services to send the numbers to as well.
         """
-        self._file = None
+        self._file: MetricsFile | None = None
+        self._trackers, self._failed = tuple(trackers), set[str]()
         if not is_writer:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        _drop_records_from(run_dir / FILE_NAME, first_step)
-        self._file = open(run_dir / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = MetricsFile(run_dir / FILE_NAME, first_step=first_step)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one record.
 
         Args:
-            kind: ``train`` or ``validation``; the first part of TensorBoard's names.
+            kind: ``train`` or ``validation``; the first part of the names in TensorBoard and the services.
             step: the step it belongs to.
             values: numbers; one level of nesting is allowed (a mapping a validation source).
         """
         if self._file is None:
             return
-        record = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(_finite(record)) + "\n")
-        self._file.flush()
-        for name, value in _flat(values, kind):
+        self._file.append({"kind": kind, "step": step, **values})
+        numbers = flat_numbers(values, kind)
+        for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            if step > tracker.sent_step:
+                self._send(tracker, numbers, step)
 
-    def close(self) -> None:
-        """Write out and close."""
+    def event(self, step: int, event: str, details: Mapping[str, Any]) -> None:
+        """Write down something that happened in a step; of the kind ``health``, in ``metrics.jsonl`` only."""
         if self._file is not None:
-            self._file.close()
-            self._board.close()
-            self._file = None
+            self._file.append({"kind": "health", "step": step, "event": event, **details})
+
+    def sync(self) -> None:
+        """Bring all that was written to the disk; call it before a checkpoint is made."""
+        if self._file is not None:
+            self._file.sync()
+            self._board.flush()
+
+    def close(self, outcome: Outcome = "stopped") -> None:
+        """Write out and close; ``outcome`` is what the services show."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._board.close()
+        self._file = None
+        for tracker in self._trackers:
+            try:
+                tracker.close(outcome)
+            except Exception as error:  # noqa: BLE001 - whatever a service raises, the run itself is over
+                logger.warning("logging.%s: not closed: %s: %s", tracker.name, type(error).__name__, error)
+
+    def _send(self, tracker: Tracker, numbers: Mapping[str, float], step: int) -> None:
+        try:
+            tracker.log(numbers, step)
+        except Exception as error:  # noqa: BLE001 - whatever a service raises, the run goes on
+            if tracker.name not in self._failed:
+                self._failed.add(tracker.name)
+                logger.warning(
+                    "logging.%s: step %d could not be sent: %s: %s; the run goes on, %s has every step",
+                    tracker.name, step, type(error).__name__, error, FILE_NAME,
+                )  # fmt: skip
+
+
+def open_metrics(config: RunConfig, *, first_step: int, is_writer: bool) -> MetricsWriter:
+    """The logs that a run's configuration asks for; not collective.
+
+    Args:
+        config: resolved.
+        first_step: the step that comes next.
+        is_writer: true on rank 0 only.
+
+    Raises:
+        ConfigError: a tracking service's package is not installed, or the service refuses.
+    """
+    run_dir = Path(config.run_dir)
+    trackers = []
+    if is_writer:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        trackers = open_trackers(config, last_step=last_recorded_step(run_dir / FILE_NAME))
+    return MetricsWriter(run_dir, first_step=first_step, is_writer=is_writer, trackers=trackers)
 
 
 def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run, in order; those of one ``kind`` where given."""
-    lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line]
-    return [record for record in records if kind is None or record["kind"] == kind]
+    return [record for record in read_records(run_dir / FILE_NAME) if kind in (None, record["kind"])]
 
 
 def step_line(
-    *, step: int, train_steps: int, loss: float, lr: float, grad_norm: float, rates: Rates, skipped_steps: int
+    *,
+    step: int,
+    train_steps: int,
+    loss: float,
+    lr: float,
+    grad_norm: float,
+    rates: Rates,
+    skipped_steps: int,
+    peak_memory_bytes: int | None = None,
 ) -> str:
     """The readable line of a log interval."""
     parts = [
@@ -84,6 +150,8 @@ def step_line(
     ]
     if rates.mfu is not None:
         parts.append(f"MFU {rates.mfu:.1%}")
+    if peak_memory_bytes is not None:
+        parts.append(f"{peak_memory_bytes / 1024**3:.1f} GiB")
     if skipped_steps:
         parts.append(f"skipped {skipped_steps}")
     parts.append(f"ETA {duration((train_steps - step) * rates.step_seconds)}")
@@ -103,35 +171,3 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days}d {hour:02}:{minute:02}:{second:02}"
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
-
-
-def _drop_records_from(path: Path, first_step: int) -> None:
-    """Rewrite the file without records from ``first_step`` on, and without a line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    atomic_write_bytes(path, "".join(kept).encode())
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """``(name, number)`` pairs, nested names joined with ``/``."""
-    pairs: list[tuple[str, float]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}/{key}")
-        elif value is not None:
-            pairs.append((f"{prefix}/{key}", float(value)))
-    return pairs
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: write them as text."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

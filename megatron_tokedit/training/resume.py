@@ -9,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.record import differences
+from megatron_tokedit.config.sections import ModelConfig, PrecisionConfig
 from megatron_tokedit.errors import CheckpointError
 
-_FREE_MODEL_FIELDS = ("hidden_dropout", "attention_dropout", "init_method_std")
+_FREE_MODEL_FIELDS = (
+    "hidden_dropout", "attention_dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+)  # fmt: skip
 """Model settings that do not touch the shape or the meaning of the weights."""
+_CONTINUABLE_MODEL_FIELDS = (
+    "seq_length", "max_position_embeddings", "rotary_base", "rope_scaling", "rope_scaling_factor",
+    "seq_len_interpolation_factor",
+)  # fmt: skip
+"""Settings that a continuation may give a model with rotary positions, to teach it longer texts."""
 
 
 def check_resumable(
@@ -40,36 +49,72 @@ def check_resumable(
         CheckpointError: the model, the precision or the tokenizer differ.
     """
     fatal = differences(_weights_settings(recorded_config), _weights_settings(config))
-    # where the tokenizer lies may change, what it does may not
+    fatal += _tokenizer_differences(recorded_tokenizer, tokenizer)
+    _refuse(folder, fatal, "resumed", "start a new run by giving another run_dir")
+    return differences(_course(recorded_config), _course(config))
+
+
+def check_continuable(
+    folder: str,
+    *,
+    recorded_config: Mapping[str, Any],
+    config: Mapping[str, Any],
+    recorded_tokenizer: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+) -> list[str]:
+    """Compare another run's checkpoint with the run of stage ``continue`` that starts from it.
+
+    Arguments, result and errors as of :func:`check_resumable`. Data, schedule and batches are the new run's
+    own; the precision may differ unless the optimizer is kept; so may length and scaling of rotary positions.
+    """
+    old, new = _weights_settings(recorded_config), _weights_settings(config)
+    free: set[str] = set()
+    if config["model"].get("family") != "gpt2":
+        free = set(_CONTINUABLE_MODEL_FIELDS)
+    if config["init_from"]["optimizer"] == "fresh":
+        old, new = {"model": old["model"]}, {"model": new["model"]}
+    changed_model = [{k: v for k, v in side["model"].items() if k in free} for side in (old, new)]
+    for side in (old, new):
+        side["model"] = {key: value for key, value in side["model"].items() if key not in free}
+    fatal = differences(old, new) + _tokenizer_differences(recorded_tokenizer, tokenizer)
+    _refuse(folder, fatal, "continued", "give another checkpoint in init_from.checkpoint")
+    return differences(changed_model[0], changed_model[1], "model.")
+
+
+def _tokenizer_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Where the tokenizer lies may change, what it does may not."""
     ids = ("type", "vocab_size", "eod", "fingerprint")
-    fatal += differences(
-        {key: recorded_tokenizer.get(key) for key in ids},
-        {key: tokenizer.get(key) for key in ids},
-        "tokenizer.",
+    return differences(
+        {key: recorded.get(key) for key in ids}, {key: current.get(key) for key in ids}, "tokenizer."
     )
+
+
+def _refuse(folder: str, fatal: list[str], what: str, instead: str) -> None:
     if fatal:
         listed = "\n  - ".join(["", *fatal])
         raise CheckpointError(
-            f"{folder} cannot be resumed under this configuration:{listed}\n"
-            f"  Put the settings back, or start a new run by giving another run_dir."
+            f"{folder} cannot be {what} under this configuration:{listed}\n"
+            f"  Put the settings back, or {instead}."
         )
-    notable = ("seed", "optimizer", "schedule", "training", "data")
-    changes = differences(
-        {key: recorded_config.get(key) for key in notable}, {key: config.get(key) for key in notable}
-    )
-    if _sample_order(recorded_config) != _sample_order(config):
-        changes.append("the order of the training samples may change: some may be repeated or left out")
-    return changes
 
 
-def _sample_order(config: Mapping[str, Any]) -> list[Any]:
-    """What decides which sample comes when."""
-    training = config["training"]
-    sources = [(source["prefix"], source["weight"]) for source in config["data"]["train"]]
-    return [config["seed"], training["train_steps"] * training["global_batch_size"], sources]
+def _course(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that change what follows; of the data those that ``resume_blend`` does not speak of."""
+    settings = {key: config.get(key) for key in ("seed", "optimizer", "schedule", "training")}
+    masks = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+    return {**settings, "data": {key: config["data"].get(key) for key in masks}}
 
 
 def _weights_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the weights, the optimizer state and the samples depend on."""
-    model = {key: value for key, value in config.get("model", {}).items() if key not in _FREE_MODEL_FIELDS}
-    return {"model": model, "precision": config.get("precision")}
+    """The settings that the weights, the optimizer state and the samples depend on.
+
+    What an older record does not name had the default.
+    """
+    model = _with_defaults(ModelConfig, config.get("model", {}))
+    kept = {key: value for key, value in model.items() if key not in _FREE_MODEL_FIELDS}
+    return {"model": kept, "precision": _with_defaults(PrecisionConfig, config.get("precision", {}))}
+
+
+def _with_defaults(section: type[Section], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    fields = section.model_fields.items()
+    return {name: field.default for name, field in fields if not field.is_required()} | dict(recorded)

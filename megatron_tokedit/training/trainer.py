@@ -8,45 +8,38 @@ interrupted before it, and every rank takes every decision alike.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_tokedit.config.record import resolve, to_mapping, to_yaml
+from megatron_tokedit.config.record import resolve, to_yaml
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.config.validate import validate
 from megatron_tokedit.dataset.atomic import atomic_write_bytes
-from megatron_tokedit.dataset.batches import BatchShape, microbatches
-from megatron_tokedit.dataset.blend import Datasets, build_datasets
+from megatron_tokedit.dataset.blend import Datasets
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
-from megatron_tokedit.dataset.sources import format_shares, inspect_sources, source_shares
-from megatron_tokedit.engine import checkpoint, checkpoint_folder
 from megatron_tokedit.engine.initialize import ParallelContext
-from megatron_tokedit.engine.model import build_model, flops_per_token, num_parameters
-from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler, learning_rate
-from megatron_tokedit.engine.step import StepResult, train_step
-from megatron_tokedit.errors import ConfigError
+from megatron_tokedit.engine.model import flops_per_token, num_parameters
+from megatron_tokedit.engine.optimizer import learning_rate
+from megatron_tokedit.engine.step import train_step
+from megatron_tokedit.errors import ConfigError, DivergenceError
 from megatron_tokedit.log import get_logger
-from megatron_tokedit.training.metrics import MetricsWriter, step_line
-from megatron_tokedit.training.resume import check_resumable
+from megatron_tokedit.training.feed import BatchFeed
+from megatron_tokedit.training.metrics_file import FILE_NAME as METRICS_FILE
+from megatron_tokedit.training.metrics_file import last_recorded_step
+from megatron_tokedit.training.origin import Origin, find_origin
+from megatron_tokedit.training.recorder import Progress, Recorder
 from megatron_tokedit.training.run_lock import RunLock
+from megatron_tokedit.training.saver import Saver
 from megatron_tokedit.training.signals import StopRequest
+from megatron_tokedit.training.start import build_trained, load_trained, open_data
 from megatron_tokedit.training.state import TrainState
 from megatron_tokedit.training.throughput import Throughput, peak_tflops
+from megatron_tokedit.training.trackers import Outcome, check_packages
 from megatron_tokedit.training.validation import validate_sources
 
 logger = get_logger(__name__)
-
-_RECORDED_PACKAGES = ("megatron_tokedit", "torch", "megatron-core", "numpy")
-
-
-class Progress(Protocol):
-    """Something that shows how far the run is, such as a progress bar."""
-
-    def update(self, step: int, loss: float) -> None:
-        """``step`` steps are finished; the last one had this loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +48,9 @@ class TrainResult:
 
     Attributes:
         state: at the end.
-        finished: all of ``training.train_steps`` are done.
-        stopped_by: why it ended early (a signal's name, or ``exit_at_step``); None if it did not.
+        finished: all of ``training.train_steps`` are done, and the validation after them.
+        stopped_by: why it ended early (a signal's name, ``exit_after_minutes`` or ``exit_at_step``); None if
+            it did not.
         loss: of the last step; None if no step was taken.
         validation: last validation result by source; empty if none was made.
         checkpoint: the newest complete checkpoint.
@@ -76,6 +70,7 @@ def train(
     tokenizer_spec: Mapping[str, Any],
     *,
     progress: Progress | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train, or go on training, as configured. Collective over the world.
 
@@ -84,20 +79,24 @@ def train(
         ctx: from ``engine.initialize.initialize(config.parallel, ...)``.
         tokenizer_spec: ``type``, ``model``, ``vocab_size``, ``eod`` and ``fingerprint`` of the tokenizer.
         progress: is told of every step on rank 0.
+        stop: handles signals and the time limit since before this call; default: one from here on.
 
     Raises:
+        StopNow: stopped before there was anything to save.
         ConfigError: sizes that do not fit the world size, or a run folder that is in use or not writable.
         DataFormatError: sources that are missing, damaged or written with another tokenizer.
         CheckpointError: a checkpoint of another model or tokenizer is in the run folder.
+        DivergenceError: too many steps in a row without a finite loss and gradient.
     """
     config = resolve(config, vocab_size=tokenizer_spec["vocab_size"])
     validate(config, ctx.world_size)
+    check_packages(config.logging)
     if config.model.vocab_size < tokenizer_spec["vocab_size"]:
         raise ConfigError(
             f"model.vocab_size: {config.model.vocab_size} ids cannot hold the tokenizer's "
             f"{tokenizer_spec['vocab_size']}; leave it out or raise it"
         )
-    return Trainer(config, ctx, tokenizer_spec, progress).run()
+    return Trainer(config, ctx, tokenizer_spec, progress, stop).run()
 
 
 class Trainer:
@@ -109,117 +108,94 @@ class Trainer:
         ctx: ParallelContext,
         tokenizer_spec: Mapping[str, Any],
         progress: Progress | None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.ctx, self.tokenizer_spec = config, ctx, dict(tokenizer_spec)
-        self.progress = progress if ctx.rank == 0 else None
+        self.progress = progress
+        self.stop = stop
         self.run_dir = Path(config.run_dir)
-        self.checkpoint_dir = self.run_dir / "checkpoints"
-        self.shape = BatchShape(
-            config.training.global_batch_size, config.training.micro_batch_size, ctx.dp_size, ctx.dp_rank
-        )
         self.state = TrainState()
-        self.latest: str | None = None
         self.validation: dict[str, dict[str, float]] = {}
         self.loss: float | None = None
 
     def run(self) -> TrainResult:
         """Everything from the data to the last checkpoint."""
-        with StopRequest() as stop, RunLock(self.run_dir):
-            resume_from = self._find_checkpoint()
-            if self.state.step >= self._last_step():
+        if self.stop is None:
+            with StopRequest(self.config.runtime.exit_after_minutes) as self.stop:
+                return self._run(self.stop)
+        return self._run(self.stop)
+
+    def _run(self, stop: StopRequest) -> TrainResult:
+        with RunLock(self.run_dir):
+            checkpoint_dir = self.run_dir / "checkpoints"
+            origin = find_origin(self.config, self.tokenizer_spec, checkpoint_dir, speaks=self.ctx.rank == 0)
+            latest = origin.folder if origin.is_own else None
+            self.saver = Saver(self.config, self.ctx, checkpoint_dir, latest=latest)
+            if origin.is_own:
+                self.state = TrainState.from_mapping(origin.state)
+            self.owes_validation = from_rank_zero(self._owes_validation)
+            if self.state.step >= self._last_step() and not self.owes_validation:
                 logger.info("nothing to do: %d of %d steps are done", self.state.step, self._last_step())
                 return self._result(None)
-            datasets = self._prepare(resume_from)
-            self.metrics = MetricsWriter(
-                self.run_dir, first_step=self.state.step + 1, is_writer=self.ctx.rank == 0
-            )
+            datasets = self._prepare(origin)
+            stop.begin()
+            self.recorder = self._recorder(origin, datasets)
+            outcome: Outcome = "failed"
             try:
-                return self._result(self._loop(datasets, stop))
+                result = self._result(self._loop(datasets, stop))
+                outcome = "finished" if result.finished else "stopped"
+                return result
+            except DivergenceError:  # on every rank alike
+                self.saver.wait()
+                raise
             finally:
-                self.metrics.close()
+                self.recorder.close(outcome)
 
     # ----------------------------------------------------------------------------------------- start
 
-    def _prepare(self, resume_from: str | None) -> Datasets:
+    def _prepare(self, origin: Origin) -> Datasets:
         """Datasets, model and optimizer, with the state of a checkpoint where there is one."""
         started = time.perf_counter()
-        config = self.config
-        infos = from_rank_zero(
-            lambda: inspect_sources(
-                config.data, tokenizer_spec=self.tokenizer_spec, seq_length=config.model.seq_length
-            )
+        config, ctx = self.config, self.ctx
+        datasets, identities = open_data(
+            config, self.tokenizer_spec, origin, self.state, speaks=ctx.rank == 0
         )
-        shares = source_shares(
-            config.data,
-            infos,
-            num_train_samples=self._num_samples(),
-            seq_length=config.model.seq_length,
-        )
-        logger.info("training data:\n  %s", "\n  ".join(format_shares(shares)))
-        datasets = build_datasets(
-            config.data,
-            infos,
-            num_train_samples=self._num_samples(),
-            seq_length=config.model.seq_length,
-            seed=config.seed,
-            tokenizer_spec=self.tokenizer_spec,
-            cache_dir=config.data.cache_dir or self.run_dir / "index_cache",
-        )
-        self._build()
-        if resume_from is not None:
-            self._load(resume_from)
+        self.lasting = {"validation_data": identities, "lineage": list(origin.lineage)}
+        self.model, self.optimizer, self.scheduler = build_trained(config, ctx)
+        if origin.folder is not None:
+            load_trained(
+                (self.model, self.optimizer, self.scheduler), config, ctx, origin.folder,
+                state=self.state, is_own=origin.is_own,
+            )  # fmt: skip
         from_rank_zero(self._write_config)
         logger.info("start-up took %.1f s", time.perf_counter() - started)
         return datasets
 
-    def _find_checkpoint(self) -> str | None:
-        """The newest complete checkpoint, as rank 0 sees it; takes over where it stands in the run.
+    def _recorder(self, origin: Origin, datasets: Datasets) -> Recorder:
+        """What takes in the steps."""
+        return Recorder(
+            self.config,
+            self.ctx,
+            self.state,
+            model=self.model,
+            blend=datasets.train,
+            throughput=self._throughput(),
+            health=origin.state.get("health") if origin.is_own else None,
+            progress=self.progress,
+        )
 
-        Raises:
-            CheckpointError: it does not fit the model or the tokenizer.
-        """
-        found = from_rank_zero(lambda: checkpoint_folder.find_latest(self.checkpoint_dir))
-        folder = str(found) if found else None
-        if folder is not None:
-            state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
-            changes = check_resumable(
-                folder,
-                recorded_config=checkpoint_folder.read_json(folder, checkpoint_folder.RUN_CONFIG_FILE),
-                config=to_mapping(self.config),
-                recorded_tokenizer=state["tokenizer"],
-                tokenizer=self.tokenizer_spec,
-            )
-            for change in changes if self.ctx.rank == 0 else ():
-                logger.warning("changed since %s: %s", Path(folder).name, change)
-            self.state = TrainState.from_mapping(state)
-            self.latest = folder
-        return folder
+    def _owes_validation(self) -> bool:
+        """Whether the validation after the last step was cut short or put off by a signal. Not collective."""
+        if not self.config.data.validation or self.state.step == 0 or not self._validates_now():
+            return False
+        metrics = self.run_dir / METRICS_FILE
+        return metrics.exists() and last_recorded_step(metrics, "validation") < self.state.step
 
-    def _build(self) -> None:
-        """Model, optimizer, schedule, and the throughput meter."""
+    def _throughput(self) -> Throughput:
+        """The meter of the run's speed; says what model it measures."""
         config, ctx = self.config, self.ctx
         vocab_size = config.model.vocab_size or 0
-        self.model = build_model(
-            config.model,
-            config.precision,
-            ctx,
-            vocab_size,
-            parallel=config.parallel,
-            wrap_with_ddp=True,
-            documents_masked=config.data.reset_attention_mask,
-        )
-        for chunk in self.model:
-            chunk.train()
-        self.optimizer = build_optimizer(config.optimizer, config.precision, config.parallel, self.model, ctx)
-        self.scheduler = build_scheduler(
-            config.optimizer, config.schedule, self.optimizer, train_steps=config.training.train_steps
-        )
         peak = peak_tflops(ctx.device, config.precision.recipe, config.logging.peak_tflops)
-        self.throughput = Throughput(
-            flops_per_token=flops_per_token(config.model, vocab_size),
-            world_size=ctx.world_size,
-            peak_tflops=peak,
-        )
         logger.info(
             "model %s: %s parameters, %s, peak %s TFLOP/s a rank",
             config.model.family,
@@ -227,22 +203,15 @@ class Trainer:
             config.precision.recipe,
             f"{peak:.3g}" if peak else "unknown",
         )
-
-    def _load(self, folder: str) -> None:
-        """Load weights, optimizer and schedule."""
-        checkpoint.load(
-            folder, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, ctx=self.ctx
+        return Throughput(
+            flops_per_token=flops_per_token(config.model, vocab_size),
+            world_size=ctx.world_size,
+            peak_tflops=peak,
         )
-        logger.info("resuming after step %d from %s", self.state.step, folder)
 
     def _write_config(self) -> None:
         """Record the resolved configuration in the run folder; not collective."""
         atomic_write_bytes(self.run_dir / "config.yaml", to_yaml(self.config).encode())
-
-    def _num_samples(self) -> int:
-        """Samples that the run draws in all, those of earlier starts included."""
-        remaining_steps = self.config.training.train_steps - self.state.step
-        return self.state.consumed_samples + remaining_steps * self.shape.global_batch_size
 
     def _last_step(self) -> int:
         """The step after which this start of the run ends."""
@@ -252,126 +221,91 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ loop
 
     def _loop(self, datasets: Datasets, stop: StopRequest) -> str | None:
-        """Train up to the last step; returns the name of the signal that ended it early."""
-        training = self.config.training
-        batches = microbatches(
-            datasets.train,
-            self.shape,
-            start=self.state.consumed_samples,
-            stop=self._num_samples(),
-            vocab_size=self.config.model.vocab_size or 0,
-            num_workers=self.config.data.num_workers,
-            pin_memory=self.ctx.device.type == "cuda",
-        )
-        signal_name = None
-        while self.state.step < self._last_step() and signal_name is None:
-            self._step(batches)
-            signal_name = stop.agreed(self.ctx)
-            finished = self.state.step == training.train_steps
-            if finished or (signal_name is None and _is_due(self.state.step, training.eval_interval_steps)):
-                self._validate(datasets)
-            last = signal_name is not None or self.state.step == self._last_step()
+        """Train up to the last step; returns why it ended early: a signal's name, or the time limit."""
+        feed = BatchFeed(datasets.train, self.config, self.ctx)
+        reason = self._validate(datasets, stop) if self.owes_validation else None
+        while self.state.step < self._last_step() and reason is None:
+            reason = self._step(feed, stop)
+            self.owes_validation = bool(datasets.validation) and self._validates_now()
+            if self.owes_validation and reason is None:
+                reason = self._validate(datasets, stop)
+            last = reason is not None or self.state.step == self._last_step()
             if last or _is_due(self.state.step, self.config.checkpoint.save_interval_steps):
-                self._save()
-        return signal_name
+                self._save(datasets, last=last)
+            elif _is_due(self.state.step, self.config.logging.log_interval_steps):
+                self.saver.poll()
+        return reason
 
-    def _step(self, batches: Iterator[Mapping[str, Any]]) -> None:
-        """One optimizer step and its record."""
+    def _step(self, feed: BatchFeed, stop: StopRequest) -> str | None:
+        """One optimizer step and its record; returns why the run is to end, if it is."""
         lr = learning_rate(self.optimizer)
+        seq_length = self.config.model.seq_length
         started = time.perf_counter()
+        shape, batches = feed.at(step=self.state.step, consumed_samples=self.state.consumed_samples)
         result = train_step(
             self.model,
             self.optimizer,
             self.scheduler,
-            batches,
+            self.recorder.loading(batches),
             self.ctx,
-            num_microbatches=self.shape.num_microbatches,
-            micro_batch_size=self.shape.micro_batch_size,
-            seq_length=self.config.model.seq_length,
+            num_microbatches=shape.num_microbatches,
+            micro_batch_size=shape.micro_batch_size,
+            seq_length=seq_length,
+            schedule_increment=(
+                shape.global_batch_size * seq_length if self.config.schedule.in_tokens else 1
+            ),
+            votes=stop.votes,
         )
         seconds = time.perf_counter() - started
         self.state.step += 1
-        self.state.consumed_samples += self.shape.global_batch_size
+        self.state.consumed_samples += shape.global_batch_size
         self.state.consumed_tokens += result.num_tokens
         self.state.skipped_steps += result.skipped
         self.state.train_seconds += seconds
         self.loss = result.loss
-        self.throughput.add(seconds=seconds, tokens=result.num_tokens)
-        self._record(result, lr, seconds)
+        is_last = self.state.step == self._last_step()
+        self.recorder.step(result, lr=lr, seconds=seconds, shape=shape, is_last=is_last)
+        return stop.outcome(result.votes)
 
-    def _record(self, result: StepResult, lr: float, seconds: float) -> None:
-        """Write a step's numbers; a readable line every log interval. Rank 0 only has an effect."""
-        step, train_steps = self.state.step, self.config.training.train_steps
-        values: dict[str, float | None] = {
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "skipped": result.skipped,
-            "step_seconds": seconds,
-            "tokens_per_second": result.num_tokens / seconds,
-            "consumed_samples": self.state.consumed_samples,
-            "consumed_tokens": self.state.consumed_tokens,
-        }
-        if result.skipped and self.ctx.rank == 0:
-            logger.warning("step %d: no update, the loss or the gradient is not finite", step)
-        if _is_due(step, self.config.logging.log_interval_steps) or step == self._last_step():
-            rates = self.throughput.rates()
-            values |= {"tflops_per_device": rates.tflops_per_device, "mfu": rates.mfu}
-            line = step_line(
-                step=step,
-                train_steps=train_steps,
-                loss=result.loss,
-                lr=lr,
-                grad_norm=result.grad_norm,
-                rates=rates,
-                skipped_steps=self.state.skipped_steps,
-            )
-            logger.info("%s", line)
-        self.metrics.write("train", step, values)
-        if self.progress is not None:
-            self.progress.update(step, result.loss)
+    def _validates_now(self) -> bool:
+        """Whether a validation belongs to the step that is done. Not collective."""
+        step, training = self.state.step, self.config.training
+        return step == training.train_steps or _is_due(step, training.eval_interval_steps)
 
-    def _validate(self, datasets: Datasets) -> None:
-        """Measure the validation sources and record them."""
-        if not datasets.validation:
-            return
-        self.validation = validate_sources(self.model, datasets.validation, self.config, self.ctx, self.shape)
-        self.metrics.write("validation", self.state.step, self.validation)
-        for name, values in self.validation.items():
-            logger.info(
-                "step %d | validation %s: loss %.4f, perplexity %.2f over %s tokens",
-                self.state.step,
-                name,
-                values["loss"],
-                values["perplexity"],
-                f"{values['num_tokens']:,}",
-            )
+    def _validate(self, datasets: Datasets, stop: StopRequest) -> str | None:
+        """Measure the validation sources and record them; returns why it was cut short, if it was."""
+        results, reason = validate_sources(self.model, datasets.validation, self.config, self.ctx, stop)
+        if reason is not None:
+            return reason
+        self.validation, self.owes_validation = results, False
+        self.recorder.validation(results)
+        return None
 
-    def _save(self) -> None:
-        """Save a complete checkpoint."""
-        self.latest = str(
-            checkpoint.save(
-                self.checkpoint_dir,
-                model=self.model,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                state={
-                    **self.state.to_mapping(),
-                    "tokenizer": self.tokenizer_spec,
-                    "vocab_size": self.config.model.vocab_size,
-                    "versions": {name: version(name) for name in _RECORDED_PACKAGES},
-                },
-                run_config=to_mapping(self.config),
-                ctx=self.ctx,
-                keep_last=self.config.checkpoint.keep_last,
-            )
+    def _save(self, datasets: Datasets, *, last: bool) -> None:
+        """Save a complete checkpoint; the logs are on the disk before it is."""
+        self.recorder.metrics.sync()
+        self.saver.save(
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            state={
+                **self.state.to_mapping(),
+                "tokenizer": self.tokenizer_spec,
+                "vocab_size": self.config.model.vocab_size,
+                "blend": datasets.train.state.to_mapping(),
+                "drawn_samples": datasets.train.counters_at(self.state.consumed_samples),
+                "health": self.recorder.health.to_mapping(),
+                **self.lasting,
+            },
+            last=last,
         )
 
-    def _result(self, signal_name: str | None) -> TrainResult:
+    def _result(self, reason: str | None) -> TrainResult:
         """What to report."""
-        finished = self.state.step >= self.config.training.train_steps
-        stopped_by = signal_name or (None if finished else "exit_at_step")
-        return TrainResult(self.state, finished, stopped_by, self.loss, self.validation, self.latest)
+        finished = self.state.step >= self.config.training.train_steps and not self.owes_validation
+        stopped_by = None if finished else (reason or "exit_at_step")
+        latest = self.saver.latest
+        return TrainResult(self.state, finished, stopped_by, self.loss, self.validation, latest)
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -223,3 +224,18 @@ def test_failed_preparation_ends_all_ranks(tmp_path: Path) -> None:
     assert result.stderr.count("error: ") == 1, "one message, from rank 0"
     assert f"{corpus}" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_names_tracking_packages_that_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    assert main(tiny(tmp_path, "logging.wandb.project=edits", "--dry-run")) == 1
+    shown = capsys.readouterr().out
+    assert (
+        "- logging.wandb: the package wandb is not installed here; pip install 'megatron_tokedit[wandb]'"
+        in shown
+    )
+    assert main(tiny(tmp_path, "logging.wandb.projct=edits", "--dry-run")) == 1
+    assert "did you mean project?" in capsys.readouterr().err

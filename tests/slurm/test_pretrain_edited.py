@@ -30,7 +30,8 @@ FAKE_RECORDER = """#!{python}
 import json, os, sys
 with open(os.environ["FAKE_LOG"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
-sys.exit(int(os.environ.get("FAKE_TORCHRUN_EXIT", "0")))
+code = os.environ.get("FAKE_TORCHRUN_EXIT", "0")
+sys.exit(int(code if "--prepare" in sys.argv else os.environ.get("FAKE_TRAIN_EXIT", code)))
 """
 
 
@@ -103,6 +104,32 @@ def test_failed_preparation_stops_the_job(cluster: dict[str, str]) -> None:
     assert done.returncode == 3
     assert len(calls) == 1
     assert "--prepare" in calls[0]
+
+
+@pytest.mark.parametrize(
+    ("progress", "requeues"),
+    [
+        ("run: step 3 of 10; stopped by exit_after_minutes after step 3 of 10, to be continued", True),
+        ("run: step 3 of 10", False),
+    ],
+)
+def test_requeues_what_stopped_itself(cluster: dict[str, str], progress: str, requeues: bool) -> None:
+    """torchrun says 1 whatever its ranks say; the run folder tells a time limit from an error."""
+    python = Path(cluster["PATH"].split(os.pathsep)[0]) / "python"
+    python.write_text(f"#!/usr/bin/env bash\necho '{progress}'\n")
+    python.chmod(0o755)
+    cluster |= {"SLURM_JOB_NUM_NODES": "1", "FAKE_TRAIN_EXIT": "1"}
+    marker = ROOT / ".tokedit-requeue-4711"
+    try:
+        done, _ = submit(cluster, "run.yaml")
+        assert done.returncode == (0 if requeues else 1), done.stderr
+        requeued = Path(cluster["FAKE_LOG"] + ".scontrol")
+        assert requeued.exists() == requeues
+        if requeues:
+            assert "scontrol requeue 4711" in requeued.read_text()
+            assert submit(cluster, "run.yaml")[0].returncode == 1, "no progress since: not again"
+    finally:
+        marker.unlink(missing_ok=True)
 
 
 def test_usage(cluster: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -107,6 +108,8 @@ def train_on_rank(
     path: Path, overrides: tuple[str, ...] = (), spec: dict[str, Any] = SPEC, kill_at: int | None = None
 ) -> Any:
     """Train; returns the result and this rank's weights (the losses of every step are in metrics.jsonl)."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # saves fork
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers; a spawned rank would spawn
     from megatron_tokedit.engine.initialize import initialize
     from megatron_tokedit.training.trainer import Trainer, resolve
 
@@ -129,3 +132,42 @@ class _Kill:
     def update(self, step: int, loss: float) -> None:
         if step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted_in_validation(path: Path, overrides: tuple[str, ...] = ()) -> Any:
+    """Train; rank 0 gets SIGUSR1 before its second validation batch."""
+    from megatron_tokedit.training import validation
+
+    whole, batches = validation.evaluate_loss, iter(range(1000))
+
+    def evaluate_loss(*args: Any, **kwargs: Any) -> Any:
+        if next(batches) == 1 and kwargs.get("votes") and args[2].rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return whole(*args, **kwargs)
+
+    validation.evaluate_loss = evaluate_loss  # type: ignore[assignment]
+    try:
+        return train_on_rank(path, overrides)
+    finally:
+        validation.evaluate_loss = whole
+
+
+def interrupted_at_start(path: Path) -> str:
+    """A signal while the datasets are opened; returns what came out of training."""
+    from megatron_tokedit.training import trainer
+    from megatron_tokedit.training.signals import StopNow
+
+    whole = trainer.open_data
+
+    def open_data(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*args, **kwargs)
+
+    trainer.open_data = open_data
+    try:
+        train_on_rank(path)
+    except StopNow as stop:
+        return str(stop)
+    finally:
+        trainer.open_data = whole
+    return "trained"

@@ -1,0 +1,152 @@
+"""Signals and the time limit in every phase: one complete checkpoint, or none, and the code for a requeue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_cases import interrupted_at_start, interrupted_in_validation, train_on_rank, write_run
+
+from megatron_tokedit.testing.ranks import RankPool
+from megatron_tokedit.training.metrics import read_metrics
+from megatron_tokedit.training.signals import EXIT_REQUEUE, StopRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps on two ranks."""
+    folder = tmp_path_factory.mktemp("straight")
+    ranks.run(train_on_rank, write_run(folder), world_size=2)
+    return folder
+
+
+def records(folder: Path, kind: str) -> list[Any]:
+    keys = ("step", "loss") if kind == "train" else ("step", "held")
+    return [[record[key] for key in keys] for record in read_metrics(folder / "run", kind)]
+
+
+@pytest.mark.parametrize("eval_interval", [5, 10])
+def test_in_validation(ranks: RankPool, straight: Path, tmp_path: Path, eval_interval: int) -> None:
+    """The batch is finished, the validation is not; the next start makes up for it before it trains."""
+    config = write_run(tmp_path)
+    interval = (f"training.eval_interval_steps={eval_interval}",)
+    results = ranks.run(interrupted_in_validation, config, interval, world_size=2)
+    assert {(result.stopped_by, result.finished) for result, _ in results} == {("SIGUSR1", False)}
+    assert [Path(result.checkpoint).name for result, _ in results] == [f"step_{eval_interval:08d}"] * 2
+    assert not records(tmp_path, "validation")
+    assert ranks.run(train_on_rank, config, interval, world_size=2)[0][0].finished
+    assert records(tmp_path, "train") == records(straight, "train")
+    assert records(tmp_path, "validation") == records(straight, "validation")[-(10 // eval_interval) :]
+
+
+def test_while_there_is_nothing_to_save(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(interrupted_at_start, write_run(tmp_path), world_size=1) == ["SIGTERM"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_time_limit(ranks: RankPool, tmp_path: Path) -> None:
+    endless = ("training.train_steps=4000", "runtime.exit_after_minutes=0.15")
+    results = ranks.run(train_on_rank, write_run(tmp_path), endless, world_size=2)
+    assert {result.stopped_by for result, _ in results} == {"exit_after_minutes"}
+    (step,) = {result.state.step for result, _ in results}
+    assert Path(results[0][0].checkpoint).name == f"step_{step:08d}"
+
+
+def test_votes() -> None:
+    with StopRequest() as stop:
+        stop.begin()
+        assert stop.votes() == (0, 0, 0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.votes() == (0, 1, 0)
+    assert StopRequest.outcome((0, 2, 1)) == "SIGUSR1"
+    assert StopRequest.outcome((0, 0, 4)) == "exit_after_minutes"
+    assert StopRequest.outcome((0, 0, 0)) is None
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+SLOW_INDEXES = """
+import sys, time
+from megatron_tokedit.dataset import index_cache
+def slow(*args, **kwargs):
+    print("building", flush=True)
+    time.sleep(60)
+index_cache.IndexCache.ensure_epoch = slow
+from megatron_tokedit.cli.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(rank: int, program: list[str], arguments: list[str]) -> subprocess.Popen[str]:
+    """One of two ranks, without a launcher, so that its exit code is seen."""
+    environment = os.environ | {
+        "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, *program, *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def tiny(folder: Path, *overrides: str) -> list[str]:
+    data = [
+        f"data.{split}.0.prefix={folder}/data/{name}_text_document"
+        for split, name in (("train", "corpus"), ("validation", "heldout"))
+    ]
+    return ["--config", "examples/tiny_cpu.yaml", f"run_dir={folder}/run", *data, *overrides]
+
+
+def run_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "tools/train.py", *arguments],
+        cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+
+
+def test_while_indexes_are_built(tmp_path: Path) -> None:
+    """Rank 0 builds and is interrupted; rank 1 waits for it inside a collective and is ended."""
+    arguments = tiny(tmp_path)
+    assert run_alone(*arguments, "--prepare").returncode == 0
+    ranks = [start(rank, ["-c", SLOW_INDEXES], arguments) for rank in (0, 1)]
+    assert ranks[0].stdout is not None
+    assert ranks[0].stdout.readline() == "building\n"
+    sent = time.monotonic()
+    for process in ranks:
+        process.send_signal(signal.SIGUSR1)
+    outputs = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [EXIT_REQUEUE] * 2, outputs
+    assert time.monotonic() - sent < 30
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    shown = run_alone(*arguments, "--progress").stdout
+    assert (
+        shown == f"{tmp_path}/run: step 0 of 40; stopped by SIGUSR1 before its first step, to be continued\n"
+    )
+
+
+def test_exit_code_in_training(tmp_path: Path) -> None:
+    arguments = tiny(tmp_path, "data.num_workers=1")
+    assert run_alone(*arguments, "--prepare").returncode == 0
+    endless = [*arguments, "training.train_steps=4000", "logging.log_interval_steps=1"]
+    ranks = [start(rank, ["tools/train.py"], endless) for rank in (0, 1)]
+    assert ranks[0].stderr is not None
+    while "step    3/" not in ranks[0].stderr.readline():
+        assert ranks[0].poll() is None
+    ranks[1].send_signal(signal.SIGTERM)  # one rank is told, all stop
+    outputs = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [EXIT_REQUEUE] * 2, outputs
+    shown = run_alone(*arguments, "--progress").stdout
+    assert "stopped by SIGTERM after step " in shown
+    assert shown.endswith(", to be continued\n")
+    done = run_alone(*arguments, "parallel.tensor_model_parallel_size=1")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stderr
+    assert "to be continued" not in run_alone(*arguments, "--progress").stdout
