@@ -7,6 +7,7 @@ processes and leaves none behind, whether it returned, raised or was killed.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -47,8 +48,9 @@ def _environment(changes: dict[str, str], removed: Sequence[str]) -> Iterator[No
 def _tear_down() -> None:
     """Forget the process group and megatron-core's global state.
 
-    Models are reference cycles and hold the groups of their layout, each with threads and sockets of its own;
-    without collecting them a pool of ranks would grow by hundreds of threads.
+    Models are reference cycles, megatron-core caches methods of theirs, and its record of router losses lives
+    on; all of them hold groups, each with threads and sockets of its own. Without this a pool of ranks grows
+    by hundreds of threads.
     """
     import torch.distributed as dist
 
@@ -58,8 +60,14 @@ def _tear_down() -> None:
         from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 
         parallel_state.destroy_model_parallel()
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # forgotten by the line above
         unset_num_microbatches_calculator()
+        if router := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
+            router.get_moe_layer_wise_logging_tracker().clear()
         destroy_rerun_state_machine()
+    for cached in gc.get_objects():
+        if isinstance(cached, functools._lru_cache_wrapper) and cached.__module__.startswith("megatron."):
+            cached.cache_clear()
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
