@@ -20,7 +20,7 @@ from megatron_tokedit.cli.train_progress import progress_shown
 from megatron_tokedit.cli.train_report import REQUEUE_FILE, print_progress, print_report
 from megatron_tokedit.config.load import load_config
 from megatron_tokedit.config.sections import RunConfig
-from megatron_tokedit.dataset.sources import missing_sources
+from megatron_tokedit.dataset.sources import all_sources
 from megatron_tokedit.errors import ConfigError, TokeditError
 from megatron_tokedit.log import get_logger
 
@@ -129,7 +129,8 @@ def _prepare(config: RunConfig, *, wanted: bool) -> RunConfig:
     """
     from megatron_tokedit.cli.train_sources import outdated_sources, prepare_sources
 
-    if wanted or missing_sources(config):
+    # not whether one is missing: ranks that look by themselves could part ways
+    if wanted or any(source.input is not None for _, source in all_sources(config.data)):
         config = prepare_sources(config)
     if outdated := outdated_sources(config):
         raise ConfigError("\n  - ".join(["datasets that do not fit the configuration:", *outdated]))

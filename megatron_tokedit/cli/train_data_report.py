@@ -72,7 +72,9 @@ def _table(config: RunConfig, spec: Mapping[str, Any], problems: list[str]) -> I
     begun = _Begun(config)
     state = None
     if all(source.prefix in infos for source in config.data.train):
-        state, changes = resume_blend(begun.blend, begun.consumed_samples, config.data, infos)
+        state, changes = resume_blend(
+            begun.blend, begun.consumed_samples, config.data, infos, drawn=begun.drawn
+        )
         for change in changes:
             yield f"changed since step {begun.step}: {change}"
         by_name = {source.name: infos[source.prefix or ""] for source in config.data.train}
@@ -102,6 +104,7 @@ class _Begun:
         self.step: int = state.get("step", 0)
         self.consumed_samples: int = state.get("consumed_samples", 0)
         self.blend = BlendState.from_mapping(state[STATE_KEY]) if STATE_KEY in state else None
+        self.drawn: dict[str, int] | None = state.get("drawn_samples") if self.blend else None
         stages = batch_stages(config.training, step=self.step, consumed_samples=self.consumed_samples)
         self.num_samples = stages[-1].end_sample if stages else self.consumed_samples
 
@@ -113,7 +116,7 @@ def _build_index(config: RunConfig, spec: Mapping[str, Any]) -> str:
 
     begun = _Begun(config)
     infos = inspect_sources(config.data, tokenizer_spec=spec, seq_length=config.model.seq_length)
-    state, _ = resume_blend(begun.blend, begun.consumed_samples, config.data, infos)
+    state, _ = resume_blend(begun.blend, begun.consumed_samples, config.data, infos, drawn=begun.drawn)
     cache_dir = config.data.cache_dir or f"{config.run_dir}/index_cache"
     started = time.perf_counter()
     build_datasets(

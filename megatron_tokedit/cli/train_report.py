@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tokedit.cli.train_data_report import data_lines
-from megatron_tokedit.config.batch_sizes import batch_stages
+from megatron_tokedit.config.batch_sizes import batch_stages, total_samples
 from megatron_tokedit.config.parallel_checks import layout_in_words, model_ranks, smallest_world
 from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import resolve, to_yaml
@@ -130,18 +130,19 @@ def _sizes(config: RunConfig, data_parallel: int, vocab_size: int | None) -> Ite
 
     training, model, parallel = config.training, config.model, config.parallel
     tokens = training.global_batch_size * model.seq_length
+    run_tokens = total_samples(training) * model.seq_length
     yield f"layout: {layout_in_words(parallel, data_parallel)}"
     yield (
         f"batch: {training.global_batch_size} sequences a step = {training.micro_batch_size} a microbatch x "
         f"{num_microbatches(training, data_parallel)} microbatches x {data_parallel} data-parallel rank(s); "
-        f"{tokens:,} tokens a step, {tokens * training.train_steps:,} in {training.train_steps:,} steps"
+        f"{tokens:,} tokens a step, {run_tokens:,} in {training.train_steps:,} steps"
     )
     if vocab_size is None:
         yield "parameters: not known without the vocabulary size"
         return
     flops = flops_per_token(model, vocab_size)
     yield f"parameters: {num_parameters(model, vocab_size):,}"
-    run_flops = flops * tokens * training.train_steps
+    run_flops = flops * run_tokens
     yield f"compute: {flops / 1e9:.4g} GFLOP a token, {run_flops / 1e15:.4g} PFLOP in all"
     memory = estimate_memory(config, data_parallel_size=data_parallel)
     parts = ("parameters", "gradients", "optimizer", "activations", "logits")

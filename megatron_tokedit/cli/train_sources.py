@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import differences
-from megatron_tokedit.config.sections import RunConfig
+from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.dataset.sources import all_sources, dataset_exists, missing_sources
 from megatron_tokedit.errors import TokeditError
 from megatron_tokedit.log import get_logger
@@ -107,7 +107,7 @@ def prepare_sources(config: RunConfig) -> RunConfig:
     """
     ranks = _Ranks()
     config = _located(config, ranks)
-    missing = missing_sources(config)
+    missing = _missing(config, ranks)
     if not missing:
         logger.info("all data sources are there, nothing to prepare")
         return config
@@ -117,6 +117,17 @@ def prepare_sources(config: RunConfig) -> RunConfig:
         ranks.together(f"edit-{number}", partial(_run_stage, job, "edit", ranks))
         ranks.together(f"merge-{number}", partial(_run_stage, job, "merge", ranks))
     return config
+
+
+def _missing(config: RunConfig, ranks: _Ranks) -> list[SourceConfig]:
+    """The sources to make, as rank 0 sees them: another job may finish one between two ranks' looks."""
+
+    def look() -> dict[str, str]:
+        missing = missing_sources(config)
+        return {where: "" for where, source in all_sources(config.data) if any(source is m for m in missing)}
+
+    places = ranks.from_rank_zero("missing", look)
+    return [source for where, source in all_sources(config.data) if where in places]
 
 
 def _located(config: RunConfig, ranks: _Ranks) -> RunConfig:

@@ -67,7 +67,7 @@ def beyond_cap(
         if source.max_epochs is None or source.name not in infos:
             continue
         samples = infos[source.name].num_samples
-        allowed, drawn = int(source.max_epochs * samples), planned[source.name]
+        allowed, drawn = math.floor(source.max_epochs * samples + 1e-6), planned[source.name]
         if drawn <= allowed:
             continue
         fits = _what_fits(plan, source.name, allowed, training)

@@ -117,6 +117,8 @@ def resume_blend(
     consumed_samples: int,
     data: DataConfig,
     infos: Mapping[str, SourceInfo],
+    *,
+    drawn: Mapping[str, int] | None = None,
 ) -> tuple[BlendState, list[str]]:
     """The stretch of the samples from ``consumed_samples`` on, and what is different about it.
 
@@ -130,6 +132,8 @@ def resume_blend(
         consumed_samples: samples that the run has drawn.
         data: the sources now.
         infos: of the sources, by prefix.
+        drawn: source -> samples drawn before ``consumed_samples``, as the checkpoint says; else they are
+            counted draw by draw.
 
     Returns:
         The state, and the changes in words (empty where nothing has changed).
@@ -150,7 +154,7 @@ def resume_blend(
     _refuse_changed_content(recorded, consumed_samples, identities)
     if _same_blend(recorded, asked, by_tokens):
         return recorded, []
-    counters, known, changes = _carried_over(recorded, consumed_samples, identities)
+    counters, known, changes = _carried_over(recorded, consumed_samples, identities, drawn)
     changes += _changed_shares(recorded, asked, by_tokens)
     wanted = dict(asked)
     if by_tokens:
@@ -196,10 +200,13 @@ def _same_blend(recorded: BlendState, asked: Mapping[str, float], by_tokens: boo
 
 
 def _carried_over(
-    recorded: BlendState, consumed_samples: int, identities: Mapping[str, str]
+    recorded: BlendState,
+    consumed_samples: int,
+    identities: Mapping[str, str],
+    drawn: Mapping[str, int] | None,
 ) -> tuple[dict[str, int], dict[str, str], list[str]]:
     """Counters and identities at ``consumed_samples`` under the present names, and what became of names."""
-    reached = recorded.counters_at(consumed_samples)
+    reached = recorded.counters_at(consumed_samples) if drawn is None else dict(drawn)
     content = dict(recorded.identities)
     changes = []
     for name, identity in identities.items():

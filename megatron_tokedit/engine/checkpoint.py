@@ -9,6 +9,7 @@ saved them.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,51 @@ def _sharded_state(
 def _empty_partial(folder: Path, ctx: ParallelContext) -> Path:
     """Make the folder that becomes ``folder`` once it is written. Collective over the world."""
     partial = folder.with_name(folder.name + checkpoint_folder.PARTIAL_SUFFIX)
-    if ctx.rank == 0:
+
+    def make() -> None:
         checkpoint_folder.remove_partial(folder.parent)
         partial.mkdir(parents=True)
-    ctx.barrier()
+
+    _on_rank_zero(ctx, partial, make)
     return partial
+
+
+def _on_rank_zero(ctx: ParallelContext, partial: Path, action: Callable[[], None]) -> None:
+    """Do something on rank 0 for all. Collective over the world.
+
+    Raises:
+        CheckpointError: on every rank, if it failed.
+    """
+    message: list[str | None] = [None]
+    if ctx.rank == 0:
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            text = str(error)
+            message = [text if text.startswith(str(partial)) else f"{partial}: cannot be written ({text})"]
+    if ctx.world_size > 1:
+        dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise CheckpointError(message[0])
+
+
+def _check_shards(partial: Path) -> None:
+    """Compare the shards that all ranks say they wrote with the files that are here.
+
+    Raises:
+        CheckpointError: one is missing or too short.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    needed: dict[str, int] = {}
+    for part in FileSystemReader(partial).read_metadata().storage_data.values():
+        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
+    sizes = {entry.name: entry.stat().st_size for entry in partial.iterdir()}
+    if lost := [name for name, size in sorted(needed.items()) if sizes.get(name, -1) < size]:
+        raise CheckpointError(
+            f"{partial}: {len(lost)} of {len(needed)} files are missing or too short for rank 0, the "
+            f"first is {lost[0]}; is the disk full, or run_dir not on a file system that all nodes share?"
+        )
 
 
 def save(
@@ -155,12 +196,14 @@ def save(
         in_background=background is not None, fully_parallel=settings.fully_parallel_save and ctx.dp_size > 1
     )
 
+    def name_and_prune() -> None:
+        _check_shards(partial)
+        checkpoint_folder.finish(partial, folder, {**state, "layout": _layout(ctx)}, run_config)
+        checkpoint_folder.prune(folder.parent, settings.keep_last, settings.keep_every_steps)
+
     def finish() -> None:
         """After all shards."""
-        if ctx.rank == 0:
-            checkpoint_folder.finish(partial, folder, {**state, "layout": _layout(ctx)}, run_config)
-            checkpoint_folder.prune(folder.parent, settings.keep_last, settings.keep_every_steps)
-        ctx.barrier()
+        _on_rank_zero(ctx, partial, name_and_prune)
 
     with writing(partial):
         request = dist_checkpointing.save(
@@ -218,8 +261,11 @@ def load(
     if scheduler is not None:
         scheduler.num_steps = 0  # loading adds to it
         scheduler.load_state_dict(loaded["scheduler"])
-    if "random_states" in sharded:
-        _set_random_states(loaded["random_states"])
+    states = loaded.get("random_states")
+    if states is not None and (states["cuda"] is not None) == torch.cuda.is_available():
+        _set_random_states(states)
+    elif states is not None:
+        logger.info("%s was saved on another kind of device: random states start from the seed", folder)
     elif optimizer is not None and random_states:
         logger.info("%s was saved under another layout: random states start from the seed", folder)
     return state

@@ -141,13 +141,16 @@ def prune(checkpoints_dir: Path, keep_last: int, keep_every_steps: int) -> None:
         return
     for step, old in complete_steps(checkpoints_dir)[:-keep_last]:
         if not keep_every_steps or step % keep_every_steps:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:  # such as a file that somebody has open on a network file system
+                logger.warning("%s: could not be removed: %s", old, error.strerror or error)
 
 
 def remove_partial(checkpoints_dir: Path) -> None:
     """Clear away what interrupted saves left."""
     for leftover in checkpoints_dir.glob(f"step_*{PARTIAL_SUFFIX}"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:

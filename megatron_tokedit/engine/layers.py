@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_tokedit.engine import preflight
+from megatron_tokedit.errors import ConfigError
 
 
 def uses_transformer_engine(device: torch.device) -> bool:
@@ -75,6 +76,11 @@ def _transformer_engine_spec(config: Any, norm_has_weights: bool, documents_mask
         layer.input_layernorm = layer.pre_mlp_layernorm = WeightlessNorm
         attention.submodules.linear_qkv = TEColumnParallelLinear
         layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    elif config.num_moe_experts is None and "layernorm" in (config.recompute_modules or ()):
+        raise ConfigError(
+            "parallel.recompute_modules: layernorm has no effect with Transformer Engine's layers of this "
+            "model family, whose norms are part of the linear layers behind them; remove it"
+        )
     return spec
 
 

@@ -259,12 +259,15 @@ def evaluate_loss(
     micro_batch_size: int,
     seq_length: int,
     votes: Callable[[], Sequence[int]] = tuple,
+    is_gathered: bool = False,
 ) -> LossSum:
     """Loss of one global batch without dropout and without gradients. Collective over the world.
 
-    Arguments as in :func:`train_step`; the mean loss is ``loss_sum / num_tokens``.
+    Arguments as in :func:`train_step`; the mean loss is ``loss_sum / num_tokens``. ``is_gathered``:
+    ``gather_parameters`` was called since the last step.
     """
-    gather_parameters(model)
+    if not is_gathered:
+        gather_parameters(model)
     modes = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()

@@ -50,7 +50,11 @@ def open_data(
     )
     recorded = origin.state.get("blend") if origin.is_own else None
     blend, changes = resume_blend(
-        BlendState.from_mapping(recorded) if recorded else None, consumed, data, infos
+        BlendState.from_mapping(recorded) if recorded else None,
+        consumed,
+        data,
+        infos,
+        drawn=origin.state.get("drawn_samples") if recorded else None,
     )
     for change in changes if speaks else ():
         logger.warning("data: %s", change)
@@ -78,8 +82,11 @@ def open_data(
     return datasets, {source.name: infos[prefix_of(source)].identity for source in data.validation}
 
 
-def build_trained(config: RunConfig, ctx: ParallelContext) -> Trained:
-    """Model, optimizer and schedule at their beginning. Collective over the world."""
+def build_trained(config: RunConfig, ctx: ParallelContext, state: TrainState) -> Trained:
+    """Model, optimizer and schedule at their beginning. Collective over the world.
+
+    The length of a schedule in tokens counts what was consumed up to ``state`` as it was.
+    """
     model = build_model(
         config.model,
         config.precision,
@@ -97,7 +104,8 @@ def build_trained(config: RunConfig, ctx: ParallelContext) -> Trained:
         config.schedule,
         optimizer,
         train_steps=config.training.train_steps,
-        train_tokens=total_samples(config.training) * config.model.seq_length,
+        train_tokens=config.model.seq_length
+        * total_samples(config.training, step=state.step, consumed_samples=state.consumed_samples),
     )
     return model, optimizer, scheduler
 

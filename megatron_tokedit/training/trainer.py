@@ -138,6 +138,7 @@ class Trainer:
                 logger.info("nothing to do: %d of %d steps are done", self.state.step, self._last_step())
                 return self._result(None)
             datasets = self._prepare(origin)
+            self.ctx.barrier()  # so that a signal finds all ranks in the same phase
             stop.begin()
             self.recorder = self._recorder(origin, datasets)
             outcome: Outcome = "failed"
@@ -161,7 +162,7 @@ class Trainer:
             config, self.tokenizer_spec, origin, self.state, speaks=ctx.rank == 0
         )
         self.lasting = {"validation_data": identities, "lineage": list(origin.lineage)}
-        self.model, self.optimizer, self.scheduler = build_trained(config, ctx)
+        self.model, self.optimizer, self.scheduler = build_trained(config, ctx, self.state)
         if origin.folder is not None:
             load_trained(
                 (self.model, self.optimizer, self.scheduler), config, ctx, origin.folder,

@@ -13,6 +13,7 @@ from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset.batches import microbatches
 from megatron_tokedit.dataset.sources import domains_of
 from megatron_tokedit.engine.initialize import ParallelContext
+from megatron_tokedit.engine.model import gather_parameters
 from megatron_tokedit.engine.step import LossSum, evaluate_loss
 from megatron_tokedit.training.feed import full_shape
 from megatron_tokedit.training.signals import StopRequest
@@ -40,6 +41,7 @@ def validate_sources(
         By source, and by ``domain DOMAIN``: ``loss`` (nats a token), ``perplexity`` and ``num_tokens``; and
         why it ended early, in which case the numbers are not whole. The same on every rank.
     """
+    gather_parameters(model)
     sums: dict[str, LossSum] = {}
     for name, dataset in datasets.items():
         sums[name], reason = _sum_losses(model, dataset, config, ctx, stop)
@@ -75,6 +77,7 @@ def _sum_losses(
             micro_batch_size=shape.micro_batch_size,
             seq_length=config.model.seq_length,
             votes=stop.votes,
+            is_gathered=True,
         )
         loss_sum += batch.loss_sum
         num_tokens += batch.num_tokens
