@@ -152,6 +152,15 @@ def _check_shards(partial: Path) -> None:
         )
 
 
+def _finish(
+    partial: Path, folder: Path, state: dict[str, Any], run_config: dict[str, Any], settings: CheckpointConfig
+) -> None:
+    """On rank 0, after all shards: check, name, and only then prune."""
+    _check_shards(partial)
+    checkpoint_folder.finish(partial, folder, state, run_config)
+    checkpoint_folder.prune(folder.parent, settings.keep_last, settings.keep_every_steps)
+
+
 def save(
     checkpoints_dir: str | Path,
     *,
@@ -196,14 +205,10 @@ def save(
         in_background=background is not None, fully_parallel=settings.fully_parallel_save and ctx.dp_size > 1
     )
 
-    def name_and_prune() -> None:
-        _check_shards(partial)
-        checkpoint_folder.finish(partial, folder, {**state, "layout": _layout(ctx)}, run_config)
-        checkpoint_folder.prune(folder.parent, settings.keep_last, settings.keep_every_steps)
-
     def finish() -> None:
         """After all shards."""
-        _on_rank_zero(ctx, partial, name_and_prune)
+        whole = {**state, "layout": _layout(ctx)}
+        _on_rank_zero(ctx, partial, lambda: _finish(partial, folder, whole, run_config, settings))
 
     with writing(partial):
         request = dist_checkpointing.save(
