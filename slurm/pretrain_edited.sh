@@ -44,7 +44,7 @@ launch() {
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${TOKEDIT_SRUN_ARGS[@]}" \
         bash -c 'trap "" USR1; source "$TOKEDIT_ROOT/slurm/env.sh"; head="$1"; port="$2"; nodes="$3"; shift 3
-            exec torchrun --shutdown-timeout 280 --nnodes="$nodes" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" \
+            exec torchrun --shutdown-timeout=280 --nnodes="$nodes" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" \
                 --master-addr="$head" --master-port="$port" tools/train.py "$@"' \
         launch "$head_address" "$port" "$nodes" "$@" &
     step=$!

@@ -6,7 +6,7 @@ import engine_cases
 import pytest
 
 from megatron_tokedit.config.training import CheckpointConfig
-from megatron_tokedit.engine import checkpoint_folder
+from megatron_tokedit.engine import checkpoint, checkpoint_folder
 from megatron_tokedit.errors import CheckpointError
 from megatron_tokedit.testing.models import tiny_llama
 
@@ -158,3 +158,17 @@ def test_configured_hyper_parameters_win_over_saved_ones(ranks, run_folder):
     ((max_lr, weight_decay, lr, num_steps),) = ranks.run(resume_with_other_rate, run_folder, world_size=1)
     assert (max_lr, weight_decay, num_steps) == (5e-3, 0.3, 3)
     assert 0.9 * 5e-3 < lr <= 5e-3
+
+
+def test_a_shard_that_rank_0_does_not_see_is_noticed(ranks, tmp_path):
+    ranks.run(engine_cases.train_and_save, tmp_path, tiny_llama(), 1, world_size=2)
+    folder = checkpoint_folder.require(tmp_path)
+    checkpoint._check_shards(folder)
+    shard = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=shard.name):
+        checkpoint._check_shards(folder)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match="1 of"):
+        checkpoint._check_shards(folder)

@@ -48,12 +48,17 @@ def specs_of_a_gpu():
         "get_gpt_layer_with_transformer_engine_spec",
         gpt_layer_specs.get_gpt_layer_local_spec,
     )
-    config = mock.Mock(num_moe_experts=None, moe_grouped_gemm=False, qk_layernorm=False)
+    config = mock.Mock(
+        num_moe_experts=None, moe_grouped_gemm=False, qk_layernorm=False, recompute_modules=["core_attn"]
+    )
     with te_spec, mock.patch.object(layers.preflight, "probe", return_value=probe):
         specs = [
             layers.layer_spec(config, torch.device("cuda"), documents_masked=masked)
             for masked in (False, True)
         ]
+        config.recompute_modules = ["layernorm"]
+        with pytest.raises(ConfigError, match="layernorm has no effect"):
+            layers.layer_spec(config, torch.device("cuda"))
     return [spec.submodules.self_attention.params["attn_mask_type"].name for spec in specs]
 
 

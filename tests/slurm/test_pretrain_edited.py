@@ -80,6 +80,7 @@ def test_prepares_then_trains_on_every_node(cluster: dict[str, str], nodes: int,
     assert done.returncode == 0, done.stderr
     expected = [
         [
+            "--shutdown-timeout=280",
             f"--nnodes={nodes}",
             f"--node-rank={node}",
             f"--nproc-per-node={gpus or 1}",
