@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+_MOST_THREADS = 250
+"""Ranks with more are started anew: groups that models of experts still hold keep their threads, and many
+threads cost a core although they are idle."""
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -107,6 +110,14 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(answer)
 
 
+def _num_threads(pid: int) -> int:
+    """Threads of a process; 0 where the system does not say."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
 class RankPool:
     """Keeps rank processes alive; :meth:`run` calls one function on the first few of them.
 
@@ -186,7 +197,7 @@ class RankPool:
                 for rank in range(len(connections)):
                     answers.setdefault(rank, (False, "did not finish in time and was killed"))
                 must_restart = True
-        if must_restart:
+        if must_restart or max(_num_threads(process.pid) for process, _ in self._ranks) > _MOST_THREADS:
             self._kill()
         return [answers[rank] for rank in range(len(connections))]
 
