@@ -82,7 +82,7 @@ def test_saves_in_the_background(ranks: RankPool, tmp_path: Path) -> None:
     assert same(again, weights)
 
 
-@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("in_background", [False, pytest.param(True, marks=pytest.mark.stress)])
 def test_kill_during_a_save(tmp_path: Path, in_background: bool) -> None:
     """SIGKILL as soon as a checkpoint is being written: the newest whole one is gone on from."""
     data = [
