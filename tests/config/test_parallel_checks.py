@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from config_cases import run_config
 
-from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.config.validate import validate
 from megatron_tokedit.errors import ConfigError
 
@@ -15,22 +15,6 @@ MIXTURE = {"model__family": "mixtral", "model__num_moe_experts": 4}
 TP2 = {"parallel__tensor_model_parallel_size": 2}
 PP2 = {"parallel__pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "parallel__virtual_pipeline_model_parallel_size": 2}
-
-
-def run_config(**changes: Any) -> RunConfig:
-    """A sound configuration; ``section__field=value`` changes it."""
-    tree: dict[str, Any] = {
-        "run_dir": "runs/x",
-        "tokenizer": {"type": "SentencePieceTokenizer", "model": "a.model"},
-        "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 36},
-        "optimizer": {"lr": 1e-3},
-        "training": {"train_steps": 10, "global_batch_size": 8},
-        "data": {"train": [{"name": "a", "prefix": "x"}]},
-    }
-    for dotted, value in changes.items():
-        section, field = dotted.split("__")
-        tree.setdefault(section, {})[field] = value
-    return RunConfig.model_validate(tree, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +51,7 @@ def run_config(**changes: Any) -> RunConfig:
 )  # fmt: skip
 def test_refusals(changes: dict[str, Any], world_size: int | None, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(run_config(**changes), world_size)
+        validate(run_config(36, **changes), world_size)
     assert expected in str(caught.value)
 
 
@@ -83,4 +67,4 @@ def test_refusals(changes: dict[str, Any], world_size: int | None, expected: str
     ],
 )
 def test_layouts_that_fit(changes: dict[str, Any], world_size: int) -> None:
-    validate(run_config(**changes), world_size)
+    validate(run_config(36, **changes), world_size)

@@ -6,29 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from config_cases import run_config
 
 from megatron_tokedit.config.raw_sources import output_prefix_and_key, preprocessing_of
-from megatron_tokedit.config.sections import RunConfig, SourceConfig, TokenizerConfig
+from megatron_tokedit.config.sections import SourceConfig, TokenizerConfig
 from megatron_tokedit.config.validate import validate
 from megatron_tokedit.errors import ConfigError
 
 TOKENIZER = TokenizerConfig(type="SentencePieceTokenizer", model="a.model")
-
-
-def run_config(**changes: Any) -> RunConfig:
-    """A sound configuration; ``section__field=value`` changes it."""
-    tree: dict[str, Any] = {
-        "run_dir": "runs/x",
-        "tokenizer": TOKENIZER.model_dump(),
-        "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32},
-        "optimizer": {"lr": 1e-3},
-        "training": {"train_steps": 10, "global_batch_size": 8},
-        "data": {"train": [{"name": "a", "prefix": "x"}]},
-    }
-    for dotted, value in changes.items():
-        section, field = dotted.split("__")
-        tree.setdefault(section, {})[field] = value
-    return RunConfig.model_validate(tree, strict=True)
 
 
 def raw(**fields: Any) -> dict[str, Any]:
