@@ -25,9 +25,6 @@ from pathlib import Path
 from typing import Any
 
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-_MOST_THREADS = 250
-"""Ranks with more are started anew: groups that models of experts still hold keep their threads, and many
-threads cost a core although they are idle."""
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -51,9 +48,10 @@ def _environment(changes: dict[str, str], removed: Sequence[str]) -> Iterator[No
 def _tear_down() -> None:
     """Forget the process group and megatron-core's global state.
 
-    Models are reference cycles, megatron-core caches methods of theirs, and its record of router losses lives
-    on; all of them hold groups, each with threads and sockets of its own. Without this a pool of ranks grows
-    by hundreds of threads.
+    Models are reference cycles, megatron-core caches methods of theirs, its record of router losses lives on,
+    and dispatchers to experts keep tensors of their last microbatch, whose graph no garbage collector sees
+    through; all of them hold groups, each with threads and sockets of its own. Without this a pool of ranks
+    grows by hundreds of threads, which cost a core although they are idle.
     """
     import torch.distributed as dist
 
@@ -68,9 +66,11 @@ def _tear_down() -> None:
         if router := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
             router.get_moe_layer_wise_logging_tracker().clear()
         destroy_rerun_state_machine()
-    for cached in gc.get_objects():
-        if isinstance(cached, functools._lru_cache_wrapper) and cached.__module__.startswith("megatron."):
-            cached.cache_clear()
+    for thing in gc.get_objects():
+        if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("megatron."):
+            thing.cache_clear()
+        elif type(thing).__module__ == "megatron.core.transformer.moe.token_dispatcher":
+            vars(thing).clear()
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -108,14 +108,6 @@ def _serve(connection: Connection) -> None:
         except BaseException:  # noqa: BLE001 - whatever a test raises is reported, and the rank lives on
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
-
-
-def _num_threads(pid: int) -> int:
-    """Threads of a process; 0 where the system does not say."""
-    try:
-        return len(os.listdir(f"/proc/{pid}/task"))
-    except OSError:
-        return 0
 
 
 class RankPool:
@@ -197,7 +189,7 @@ class RankPool:
                 for rank in range(len(connections)):
                     answers.setdefault(rank, (False, "did not finish in time and was killed"))
                 must_restart = True
-        if must_restart or max(_num_threads(process.pid) for process, _ in self._ranks) > _MOST_THREADS:
+        if must_restart:
             self._kill()
         return [answers[rank] for rank in range(len(connections))]
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import os
 
+import engine_cases
 import pytest
 
+from megatron_tokedit.testing.models import tiny_model
 from megatron_tokedit.testing.ranks import RankFailure, RankPool
 
 
@@ -56,3 +58,19 @@ def test_hanging_and_dying_ranks_are_replaced():
         assert pool.run(total, 4, world_size=1) == [4.0]
     finally:
         pool.close()
+
+
+def count_threads():
+    return len(os.listdir(f"/proc/{os.getpid()}/task"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list threads")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_groups_of_a_trained_model_are_freed(ranks, family):
+    """Every group has threads, and every layout many groups."""
+    counts = []
+    for _ in range(3):
+        ranks.run(engine_cases.train_straight, tiny_model(family), 1, tp=2, world_size=2,
+                  layout={"sequence_parallel": True})  # fmt: skip
+        counts.append(max(ranks.run(count_threads, world_size=2)))
+    assert counts[2] <= counts[0]
