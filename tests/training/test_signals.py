@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,16 +85,57 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(rank: int, program: list[str], arguments: list[str]) -> subprocess.Popen[str]:
-    """One of two ranks, without a launcher, so that its exit code is seen."""
-    environment = os.environ | {
-        "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, *program, *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+class TwoRanks:
+    """Two ranks without a launcher, so that their exit codes are seen; killed at the end, output in files."""
+
+    def __init__(self, folder: Path, program: list[str], arguments: list[str]) -> None:
+        self.logs = [folder / f"rank_{rank}.log" for rank in (0, 1)]
+        self.processes = []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        for rank, log in enumerate(self.logs):
+            environment = os.environ | {
+                "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+                "PYTHONFAULTHANDLER": "1",
+            }  # fmt: skip
+            with log.open("w") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *program, *arguments],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def __enter__(self) -> TwoRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def output(self) -> str:
+        return "\n".join(log.read_text() for log in self.logs)
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Until rank 0 printed ``text``; where a rank ends before or time is up: all output, with stacks."""
+        deadline = time.monotonic() + seconds
+        while text not in self.logs[0].read_text():
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                for process in self.processes:
+                    process.send_signal(signal.SIGABRT)
+                    process.wait()
+                pytest.fail(f"no {text!r} in\n{self.output()}")
+            time.sleep(0.05)
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """Exit codes."""
+        return [process.wait(seconds) for process in self.processes]
 
 
 def tiny(folder: Path, *overrides: str) -> list[str]:
@@ -116,14 +158,12 @@ def test_while_indexes_are_built(tmp_path: Path) -> None:
     """Rank 0 builds and is interrupted; rank 1 waits for it inside a collective and is ended."""
     arguments = tiny(tmp_path)
     assert run_alone(*arguments, "--prepare").returncode == 0
-    ranks = [start(rank, ["-c", SLOW_INDEXES], arguments) for rank in (0, 1)]
-    assert ranks[0].stdout is not None
-    assert ranks[0].stdout.readline() == "building\n"
-    sent = time.monotonic()
-    for process in ranks:
-        process.send_signal(signal.SIGUSR1)
-    outputs = [process.communicate(timeout=60) for process in ranks]
-    assert [process.returncode for process in ranks] == [EXIT_REQUEUE] * 2, outputs
+    with TwoRanks(tmp_path, ["-c", SLOW_INDEXES], arguments) as ranks:
+        ranks.wait_for("building\n")
+        sent = time.monotonic()
+        for process in ranks.processes:
+            process.send_signal(signal.SIGUSR1)
+        assert ranks.wait() == [EXIT_REQUEUE] * 2, ranks.output()
     assert time.monotonic() - sent < 30
     assert not (tmp_path / "run" / "checkpoints").exists()
     shown = run_alone(*arguments, "--progress").stdout
@@ -136,13 +176,10 @@ def test_exit_code_in_training(tmp_path: Path) -> None:
     arguments = tiny(tmp_path, "data.num_workers=1")
     assert run_alone(*arguments, "--prepare").returncode == 0
     endless = [*arguments, "training.train_steps=4000", "logging.log_interval_steps=1"]
-    ranks = [start(rank, ["tools/train.py"], endless) for rank in (0, 1)]
-    assert ranks[0].stderr is not None
-    while "step    3/" not in ranks[0].stderr.readline():
-        assert ranks[0].poll() is None
-    ranks[1].send_signal(signal.SIGTERM)  # one rank is told, all stop
-    outputs = [process.communicate(timeout=60)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [EXIT_REQUEUE] * 2, outputs
+    with TwoRanks(tmp_path, ["tools/train.py"], endless) as ranks:
+        ranks.wait_for("step    3/")
+        ranks.processes[1].send_signal(signal.SIGTERM)  # one rank is told, all stop
+        assert ranks.wait() == [EXIT_REQUEUE] * 2, ranks.output()
     shown = run_alone(*arguments, "--progress").stdout
     assert "stopped by SIGTERM after step " in shown
     assert shown.endswith(", to be continued\n")
