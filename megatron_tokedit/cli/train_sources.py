@@ -33,6 +33,7 @@ logger = get_logger(__name__)
 
 _PATIENCE = timedelta(days=14)
 """Ranks may finish their units hours apart; the launcher ends the others where a rank dies."""
+_FAREWELL = timedelta(seconds=20)
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -105,17 +106,16 @@ def prepare_sources(config: RunConfig) -> RunConfig:
     Raises:
         TokeditError: preprocessing failed here or on another rank.
     """
-    ranks = _Ranks()
-    config = _located(config, ranks)
-    missing = _missing(config, ranks)
-    if not missing:
-        logger.info("all data sources are there, nothing to prepare")
-        return config
-    for number, source in enumerate(missing):
-        job = preprocessing_of(source, config.tokenizer)
-        logger.info("preparing source %s: %s from %s", source.name, source.prefix, ", ".join(job.input))
-        ranks.together(f"edit-{number}", partial(_run_stage, job, "edit", ranks))
-        ranks.together(f"merge-{number}", partial(_run_stage, job, "merge", ranks))
+    with _Ranks() as ranks:
+        config = _located(config, ranks)
+        missing = _missing(config, ranks)
+        if not missing:
+            logger.info("all data sources are there, nothing to prepare")
+        for number, source in enumerate(missing):
+            job = preprocessing_of(source, config.tokenizer)
+            logger.info("preparing source %s: %s from %s", source.name, source.prefix, ", ".join(job.input))
+            ranks.together(f"edit-{number}", partial(_run_stage, job, "edit", ranks))
+            ranks.together(f"merge-{number}", partial(_run_stage, job, "merge", ranks))
     return config
 
 
@@ -160,7 +160,11 @@ def _run_stage(job: PreprocessConfig, stage: Literal["edit", "merge"], ranks: _R
 
 
 class _Ranks:
-    """The launcher's ranks before there is a process group: they meet at its key-value store."""
+    """The launcher's ranks before there is a process group: they meet at its key-value store.
+
+    Without torchrun's agent rank 0 is the store's host. Invariant: it stays until every other rank has read
+    all that it waits for, on failure too, so that each says what went wrong and not that a host was lost.
+    """
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
@@ -170,6 +174,22 @@ class _Ranks:
             store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"prepare-{attempt}", store)
+
+    def __enter__(self) -> _Ranks:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if self._store is None:
+            return
+        others = [f"left/{rank}" for rank in range(1, self.world_size)]
+        with suppress(dist.DistError):  # the host is gone, or a rank is: each has its message by now
+            if self.rank == 0:
+                self._store.wait(others, _FAREWELL)
+                self._store.set("closing", "")
+            else:
+                self._store.set(f"left/{self.rank}", "")
+                if failure is None:  # training will want a new host at the same address
+                    self._store.wait(["closing"], _FAREWELL)
 
     def from_rank_zero(self, name: str, action: Callable[[], dict[str, str]]) -> dict[str, str]:
         """What ``action`` returns on rank 0. Collective.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,57 @@ def test_progress_of_a_job_whose_place_is_known(tmp_path: Path, capsys: pytest.C
         return subprocess.run(command, text=True, capture_output=True, check=True).stdout
 
     assert progress() == f"{tmp_path}/run: step 0 of 40; preparing docs: 0 of 4 units\n"
+
+
+MEETING = """
+import sys, time
+from megatron_tokedit.cli import train_sources
+from megatron_tokedit.errors import TokeditError
+
+class Slow:
+    def __init__(self, store):
+        self.store = store
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+    def get(self, key):
+        time.sleep(1)
+        return self.store.get(key)
+
+def action():
+    if sys.argv[1] == "fail":
+        raise TokeditError("no room")
+    return {"there": "yes"}
+
+with train_sources._Ranks() as ranks:
+    if ranks.rank == 1:
+        ranks._store = Slow(ranks._store)
+    print(ranks.from_rank_zero("look", action))
+"""
+
+
+@pytest.mark.parametrize("outcome", ["succeed", "fail"])
+def test_the_host_of_the_ranks_meeting_leaves_last(outcome: str) -> None:
+    """Two ranks without torchrun, the second one slow to read what the first one found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    pair = []
+    for rank in ("0", "1"):
+        environment = os.environ | {
+            "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, "-c", MEETING, outcome]
+        pair.append(
+            subprocess.Popen(
+                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    shown = [process.communicate(timeout=120)[0] for process in pair]
+    if outcome == "succeed":
+        assert shown == ["{'there': 'yes'}\n"] * 2
+    else:
+        assert "TokeditError: no room" in shown[0]
+        assert "preparing the data failed on rank 0: TokeditError: no room" in shown[1]
 
 
 def test_build_index_then_train_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
