@@ -15,6 +15,7 @@ it runs; one that is done is skipped when the script runs again.
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -144,8 +145,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", nargs="+", required=True, metavar="NAME=FILE", help="then more FILEs")
-    parser.add_argument("--new", nargs="+", required=True, metavar="NAME=FILE", help="then more FILEs")
+    parser.add_argument("--base", nargs="+", required=True, metavar="NAME=FILE", help="FILEs and patterns")
+    parser.add_argument("--new", nargs="+", required=True, metavar="NAME=FILE", help="FILEs and patterns")
     parser.add_argument("--replay", nargs="*", type=float, default=[0.1, 0.3], help="shares of base text")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/continual"))
     parser.add_argument("--max-bytes", type=int, default=4_000_000, help="text kept of a domain (0: all)")
@@ -162,12 +163,14 @@ def parse_arguments() -> argparse.Namespace:
 def named_files(words: list[str]) -> tuple[str, list[Path]]:
     """``["NAME=FILE", "FILE", ...]`` as a name and files that exist."""
     name, _, first = words[0].partition("=")
-    paths = [Path(word).resolve() for word in (first, *words[1:])]
     if not name or not first:
         raise SystemExit(f"{words[0]!r}: expected NAME=FILE")
-    for path in paths:
-        if not path.is_file():
-            raise SystemExit(f"no such file: {path}")
+    paths = []
+    for word in (first, *words[1:]):  # a shell leaves NAME=*.txt as it is
+        found = sorted(Path(path).resolve() for path in glob.glob(word) if Path(path).is_file())
+        if not found:
+            raise SystemExit(f"no such file: {word}")
+        paths += found
     return name, paths
 
 

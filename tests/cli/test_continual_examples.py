@@ -1,4 +1,4 @@
-"""The continual recipes in examples/ run as they are shipped, but for folders and length."""
+"""The continual recipes in examples/ run as they are shipped, but for folders; their script at toy size."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("replay", 5e-4, {"new", "docs"}),
     ],
 )
+@pytest.mark.stress
 def test_recipe(base: Path, tmp_path: Path, name: str, first_lr: float, sources: set[str]) -> None:
     config = f"examples/continual/{name}.yaml"
     train(config, f"run_dir={tmp_path}/run", f"init_from.checkpoint={base}/run", *in_folder(config, base))
@@ -63,3 +64,44 @@ def test_recipe(base: Path, tmp_path: Path, name: str, first_lr: float, sources:
     if name == "wsd_infinite":
         assert {round(step["lr"], 6) for step in steps[6:30]} == {2e-3}
         assert (tmp_path / "run" / "checkpoints" / "step_00000030").exists()
+
+
+def text(path: Path, words: str) -> Path:
+    """Half a hundred documents, as a plain text file or as jsonl."""
+    parts = [
+        " ".join(f"{word} {i * 7919 % 1000}" for i in range(j, j + 60) for word in words.split())
+        for j in range(0, 3000, 60)
+    ]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    else:
+        path.write_text("\n\n".join(parts))
+    return path
+
+
+def test_the_script_from_text_to_table(tmp_path: Path) -> None:
+    base = text(tmp_path / "base.txt", "the old house of")
+    new = text(tmp_path / "new.jsonl", "doses are given")
+    command = [
+        sys.executable,
+        "examples/continual/run.py",
+        "--base",
+        f"rooms={base}",
+        "--new",
+        f"drugs={new}",
+    ]
+    command += ["--replay", "0.3", "--ranks", "1", "--smoke", "--output-dir", str(tmp_path / "out")]
+
+    def run() -> str:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "6-evaluate" in run()
+    rows = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[4:]] == ["| base", "| no-replay", "| replay-30"]
+    assert (tmp_path / "out" / "forgetting.png").stat().st_size > 10_000
+    steps = read_metrics(tmp_path / "out" / "replay-30", "train")
+    assert len(steps) == 4
+    assert "$ " not in run(), "nothing is run a second time"
