@@ -65,12 +65,11 @@ def count_threads():
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list threads")
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_groups_of_a_trained_model_are_freed(ranks, family):
-    """Every group has threads, and every layout many groups."""
+def test_groups_of_a_trained_model_are_freed(ranks):
+    """Every group has threads, and every layout many groups; those of experts are the hardest to free."""
     counts = []
     for _ in range(3):
-        ranks.run(engine_cases.train_straight, tiny_model(family), 1, tp=2, world_size=2,
+        ranks.run(engine_cases.train_straight, tiny_model("mixtral"), 1, tp=2, world_size=2,
                   layout={"sequence_parallel": True})  # fmt: skip
         counts.append(max(ranks.run(count_threads, world_size=2)))
     assert counts[2] <= counts[0]

@@ -90,12 +90,12 @@ def test_kill_during_a_save(tmp_path: Path, in_background: bool) -> None:
         for split, name in (("train", "corpus"), ("validation", "heldout"))
     ]
     setting = f"checkpoint.async_save={str(in_background).lower()}"
-    steps = ("training.train_steps=12", "checkpoint.save_interval_steps=3", setting)
+    steps = ("training.train_steps=9", "checkpoint.save_interval_steps=3", setting)
     command = [sys.executable, "tools/train.py", "--config", "examples/tiny_cpu.yaml", *data, *steps]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
     subprocess.run([*command, f"run_dir={tmp_path}/straight"], check=True, timeout=250, **run)
-    for first_step in (1, 4, 7):
+    for first_step in (1, 4):
         process = subprocess.Popen([*command, f"run_dir={tmp_path}/run"], start_new_session=True, **run)
         partial = tmp_path / "run" / "checkpoints" / f"step_{first_step + 2:08d}.partial"
         while not partial.exists():
