@@ -127,12 +127,16 @@ def report(out: Path, arms: list[str], names: tuple[str, str]) -> str:
 
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.4), layout="constrained")
     for axis, name, what in zip(axes, names, ("base: forgetting", "new: learning"), strict=True):
-        bars = axis.bar(
-            arms, [values[name][arm] for arm in arms], color=["#4c566a", "#bf616a", "#a3be8c", "#88c0d0"]
-        )
-        axis.bar_label(bars, fmt="%.1f", fontsize=8)
+        heights = [values[name][arm] for arm in arms]
+        axis.set_yscale("log")
+        axis.axhline(heights[0], color="#4c566a", linewidth=0.8, linestyle=":")
+        axis.vlines(arms, heights[0], heights, color="#bf616a", linewidth=2)
+        axis.plot(arms, heights, "o", color="#4c566a")
+        for arm, height in zip(arms, heights, strict=True):
+            axis.annotate(f"{height:.1f}", (arm, height), (6, 4), textcoords="offset points", fontsize=8)
+        axis.margins(x=0.15, y=0.15)
         axis.set_title(f"{name} ({what})", fontsize=10)
-        axis.set_ylabel("held-out perplexity")
+        axis.set_ylabel("held-out perplexity (log)")
         axis.tick_params(axis="x", labelrotation=20, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "forgetting.png", dpi=140)
