@@ -49,7 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of them context only (default: 512, or a quarter)",
     )
-    scoring.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    scoring.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "fp8", "fp8_blockwise", "mxfp8"),
+        default="float32",
+        help="default: float32; the FP8 ones need a GPU with Transformer Engine",
+    )
     scoring.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     scoring.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="positions a forward")
     scoring.add_argument(

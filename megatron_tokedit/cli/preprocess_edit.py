@@ -120,7 +120,10 @@ def _add_prior_arguments(group: argparse._ArgumentGroup) -> None:
         "--prior-backend", choices=("auto", "hf", "megatron"), help="default: auto, by content"
     )
     group.add_argument(
-        "--prior-dtype", choices=("float32", "bfloat16", "float16", "fp8"), help="default: float32"
+        "--prior-dtype",
+        choices=("float32", "bfloat16", "float16", "fp8", "fp8_blockwise", "mxfp8"),
+        help="default: float32; the FP8 ones: the linear layers of a Megatron checkpoint, on a GPU with "
+        "Transformer Engine (fp8: one scale a tensor; fp8_blockwise: one each 128 values; mxfp8: Blackwell)",
     )
     group.add_argument("--prior-device", choices=("auto", "cpu", "cuda"), help="default: auto")
     group.add_argument(

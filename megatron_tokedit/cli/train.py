@@ -10,14 +10,16 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_tokedit.cli.main import EXIT_OK, add_common_arguments, run_command
 from megatron_tokedit.cli.train_progress import progress_shown
 from megatron_tokedit.cli.train_report import REQUEUE_FILE, print_progress, print_report
+from megatron_tokedit.config.faults import Fault
+from megatron_tokedit.config.gpus import GPU_NAMES
 from megatron_tokedit.config.load import load_config
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset.sources import all_sources
@@ -25,6 +27,7 @@ from megatron_tokedit.errors import ConfigError, TokeditError
 from megatron_tokedit.log import get_logger
 
 if TYPE_CHECKING:
+    from megatron_tokedit.engine.preflight import Probe
     from megatron_tokedit.training.signals import StopRequest
     from megatron_tokedit.training.trainer import TrainResult
 
@@ -76,6 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --dry-run: check for N ranks (default: from the launcher)",
     )
+    parser.add_argument(
+        "--for-gpu",
+        choices=GPU_NAMES,
+        help="with --dry-run: check for machines with this GPU and Transformer Engine, not for this one",
+    )
     add_common_arguments(parser)
     return parser
 
@@ -103,11 +111,16 @@ def _rank_zero_first() -> Iterator[None]:
 def _run(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     with _rank_zero_first():
-        config = load_config(arguments.config, arguments.overrides, world_size=_world_size(arguments))
+        config = _load(arguments)
         if arguments.progress:
             return print_progress(config)
         if arguments.dry_run:
-            return print_report(config, _world_size(arguments), build_index=arguments.build_index)
+            return print_report(
+                config,
+                _world_size(arguments),
+                build_index=arguments.build_index,
+                machine=_machine(arguments.for_gpu),
+            )
         config = _prepare(config, wanted=arguments.prepare)
     return 0 if arguments.prepare else _train(config, quiet=arguments.quiet)
 
@@ -117,9 +130,46 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.dry_run):
         parser.error("--world-size is a number of ranks, at least 1, and goes with --dry-run")
-    if arguments.build_index and not arguments.dry_run:
-        parser.error("--build-index goes with --dry-run")
+    for name in ("build_index", "for_gpu"):
+        if getattr(arguments, name) and not arguments.dry_run:
+            parser.error(f"--{name.replace('_', '-')} goes with --dry-run")
     return arguments
+
+
+def _machine(gpu: str | None) -> Probe:
+    """What this machine offers, or one with the GPU that was named."""
+    from megatron_tokedit.engine import preflight
+
+    return preflight.assumed(gpu) if gpu else preflight.probe()
+
+
+def _load(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration, checked against the machine where it is to be trained on.
+
+    A dry run reports a sound configuration together with what the machine lacks.
+    """
+
+    def load(machine_faults: Callable[[Mapping[str, Any]], list[Fault]] | None) -> RunConfig:
+        return load_config(
+            arguments.config,
+            arguments.overrides,
+            world_size=_world_size(arguments),
+            machine_faults=machine_faults,
+        )
+
+    def faults(sections: Mapping[str, Any]) -> list[Fault]:
+        from megatron_tokedit.engine import preflight
+
+        return preflight.section_faults(sections, _machine(arguments.for_gpu))
+
+    if arguments.progress or arguments.prepare:
+        return load(None)
+    if not arguments.dry_run:
+        return load(faults)
+    try:
+        return load(None)
+    except ConfigError:
+        return load(faults)  # raises the same, and what the machine lacks
 
 
 def _prepare(config: RunConfig, *, wanted: bool) -> RunConfig:
@@ -197,7 +247,11 @@ def _train_until(stop: StopRequest, config: RunConfig, *, quiet: bool) -> TrainR
         spec = tokenizer_spec(load_tokenizer(config.tokenizer.type, config.tokenizer.model))
         runtime = config.runtime
         ctx = initialize(
-            config.parallel, seed=config.seed, device=runtime.device, cpu_threads=runtime.cpu_threads
+            config.parallel,
+            seed=config.seed,
+            device=runtime.device,
+            cpu_threads=runtime.cpu_threads,
+            cuda_graphs=config.precision.cuda_graph_impl != "none",
         )
     try:
         with (

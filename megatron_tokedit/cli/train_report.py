@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tokedit.cli.train_data_report import data_lines
 from megatron_tokedit.config.batch_sizes import batch_stages, total_samples
@@ -25,6 +25,9 @@ from megatron_tokedit.pipeline.plan import load_plan
 from megatron_tokedit.pipeline.prepared import placed_output_prefix
 from megatron_tokedit.pipeline.workdir import WorkDir
 from megatron_tokedit.training.trackers import missing_packages
+
+if TYPE_CHECKING:
+    from megatron_tokedit.engine.preflight import Probe
 
 GIB = 1024**3
 REQUEUE_FILE = "requeue"
@@ -65,12 +68,15 @@ def _preparation(config: RunConfig) -> Iterator[str]:
             yield f"preparing {source.name}: {done} of {len(plan.units)} units"
 
 
-def print_report(config: RunConfig, world_size: int | None, *, build_index: bool = False) -> int:
+def print_report(
+    config: RunConfig, world_size: int | None, *, machine: Probe, build_index: bool = False
+) -> int:
     """Print everything that is known before a run starts.
 
     Args:
         config: sound.
         world_size: number of ranks; None: as few as the model needs, said so.
+        machine: that the run is checked for.
         build_index: build the index cache too, if no problem was found.
 
     Returns:
@@ -90,6 +96,9 @@ def print_report(config: RunConfig, world_size: int | None, *, build_index: bool
     print(f"# sizes on {ranks} rank(s){assumed}")
     for line in _sizes(config, ranks // model_ranks(parallel), vocab_size):
         print(line)
+    print("\n# machine")
+    for line in _machine(config, machine, problems):
+        print(line)
     print("\n# start")
     print(_start(config, spec, problems))
     print("\n# schedule")
@@ -105,6 +114,17 @@ def print_report(config: RunConfig, world_size: int | None, *, build_index: bool
         return 1
     print("\nno problems found")
     return 0
+
+
+def _machine(config: RunConfig, machine: Probe, problems: list[str]) -> Iterator[str]:
+    """What the run would find here, or on the machine that it is checked for."""
+    from megatron_tokedit.engine.preflight import describe, section_faults
+
+    faults = section_faults({name: getattr(config, name) for name in RunConfig.model_fields}, machine)
+    problems += map(str, faults)
+    yield describe(machine)
+    recipe = config.precision.traits
+    yield f"recipe {recipe.name}: {recipe.description}" + (", which this machine cannot do" if faults else "")
 
 
 def _tokenizer(config: RunConfig, problems: list[str]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, get_args
 
@@ -55,7 +55,11 @@ _OTHER_NAMES = {
 
 
 def load_config(
-    path: str | FilePath, overrides: Sequence[str] = (), *, world_size: int | None = None
+    path: str | FilePath,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    machine_faults: Callable[[Mapping[str, Any]], Sequence[Fault]] | None = None,
 ) -> RunConfig:
     """Read, override and check a run's configuration.
 
@@ -64,6 +68,7 @@ def load_config(
         overrides: ``section.field=value`` with YAML values; list entries by index, as in
             ``data.train.0.weight=2``.
         world_size: number of ranks, where known; adds the checks that need it.
+        machine_faults: asked with the sections that are sound for what the machine cannot do of them.
 
     Raises:
         ConfigError: one message with every fault.
@@ -73,6 +78,8 @@ def load_config(
     sections, schema_faults = _parse_sections(tree, places)
     faults += schema_faults
     faults += [fault.at(places) for fault in cross_section_faults(sections, world_size=world_size)]
+    if machine_faults is not None:
+        faults += [fault.at(places) for fault in machine_faults(sections)]
     raise_faults(faults, str(path))
     return RunConfig.model_validate(tree, strict=True)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.families import FAMILIES, Family, FamilyName
+from megatron_tokedit.config.recipes import RECIPES, Recipe, RecipeName
 
 
 class ModelConfig(Section):
@@ -33,12 +34,12 @@ class ModelConfig(Section):
     """Llama 3.1's scaling of the rotary frequencies, for more positions than a model was trained with."""
     rope_scaling_factor: PositiveFloat | None = None
     """Of ``rope_scaling``; default 8."""
-    seq_len_interpolation_factor: float | None = Field(None, gt=1.0)
+    seq_len_interpolation_factor: float | None = Field(default=None, gt=1.0)
     """Divide rotary positions by this factor (linear interpolation)."""
     norm_epsilon: PositiveFloat = 1e-5
     init_method_std: PositiveFloat = 0.02
-    hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     share_embeddings_and_output_weights: bool | None = None
     """Tied embeddings; default: the family's (yes for ``gpt2`` only)."""
     num_moe_experts: PositiveInt | None = None
@@ -127,6 +128,9 @@ class ParallelConfig(Section):
     overlap_param_gather: bool | None = None
     """Gather updated parameters while the forward pass goes on; default: as ``overlap_grad_reduce`` where
     the optimizer is distributed."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with the products around it (Transformer Engine's user buffers);
+    needs ``sequence_parallel`` and GPUs of one node with a direct link."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Compute activations again in the backward pass: of whole layers, or of ``recompute_modules``."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -139,6 +143,59 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """A named precision recipe (``engine/precision.py`` documents each one's megatron-core fields)."""
+    """A named precision recipe (``engine/precision.py`` documents each one's megatron-core fields) and what
+    goes with it; names as in megatron-core.
+    """
 
-    recipe: Literal["fp32", "bf16"] = "bf16"
+    recipe: RecipeName = "bf16"
+    """``fp8_*`` and ``mxfp8`` need a GPU that has the kernels, and Transformer Engine (docs/precision.md)."""
+    fp8_param_gather: bool | None = None
+    """Keep the weights of the linear layers in FP8 and gather them so; default: the recipe's where the
+    optimizer is distributed. The optimizer's float32 main parameters are the exact ones."""
+    num_layers_at_start_in_bf16: NonNegativeInt = 0
+    """First layers that stay in bfloat16."""
+    num_layers_at_end_in_bf16: NonNegativeInt = 0
+    """Last layers that stay in bfloat16."""
+    fp8_amax_history_len: PositiveInt | None = None
+    """``fp8_delayed`` only: steps whose largest values the scales are taken from; default 1024."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] | None = None
+    """``fp8_delayed`` only: which of them; default ``max``."""
+    cross_entropy_loss_fusion: bool | None = None
+    """Compute the loss in fused kernels; default: on a GPU with Transformer Engine."""
+    cross_entropy_fusion_impl: Literal["native", "te"] | None = None
+    """Whose: megatron-core's compiled ones, or Transformer Engine's; default ``te`` where it is there."""
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    """Record the kernels of a layer once and replay them: megatron-core's way, or Transformer Engine's."""
+    cuda_graph_scope: list[Literal["attn", "mlp", "moe_router"]] | None = None
+    """Parts of a layer that a graph holds; default: all."""
+
+    @property
+    def traits(self) -> Recipe:
+        """The recipe's row of the table."""
+        return RECIPES[self.recipe]
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether matrix products are in FP8."""
+        return self.traits.is_fp8
+
+    @property
+    def compute_dtype(self) -> Literal["fp32", "bf16"]:
+        """Of everything that is not quantized."""
+        return self.traits.compute_dtype
+
+    def resolved(self, parallel: ParallelConfig) -> PrecisionConfig:
+        """This precision with the recipe's defaults filled in."""
+        update: dict[str, object] = {}
+        if self.is_fp8:
+            update["fp8_param_gather"] = self.keeps_fp8_parameters(parallel)
+        if self.traits.has_amax_history:
+            update["fp8_amax_history_len"] = self.fp8_amax_history_len or self.traits.amax_history_len
+            update["fp8_amax_compute_algo"] = self.fp8_amax_compute_algo or "max"
+        return self.model_copy(update=update)
+
+    def keeps_fp8_parameters(self, parallel: ParallelConfig) -> bool:
+        """Whether the weights of the linear layers are kept in FP8 under a layout."""
+        if self.fp8_param_gather is not None:
+            return self.fp8_param_gather
+        return bool(self.traits.param_gather) and parallel.use_distributed_optimizer

@@ -17,8 +17,7 @@ from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.edit_file import read_edit_file
 from megatron_tokedit.errors import ConfigError
 
-NOT_YET = {"prior_dtype": ("fp8",)}
-"""Values of the command-line contract that this version refuses."""
+FP8_DTYPES = ("fp8", "fp8_blockwise", "mxfp8")
 DEFAULT_TOP_K = 8
 DEFAULT_TEMPERATURE = {"low_drop_up_revise": 1.0}
 """The temperature that a preset's authors used, where it is not 1.5."""
@@ -78,7 +77,10 @@ class PreprocessConfig(Section):
     prior: str | None = None
     """A Hugging Face model folder or a Megatron checkpoint folder."""
     prior_backend: Literal["auto", "hf", "megatron"] = "auto"
-    prior_dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
+    prior_dtype: Literal["float32", "bfloat16", "float16", "fp8", "fp8_blockwise", "mxfp8"] = "float32"
+    """FP8 is for Megatron checkpoints on a GPU: ``fp8`` is the precision recipe ``fp8_tensorwise``, the other
+    two are the recipes of their names.
+    """
     prior_device: Literal["auto", "cpu", "cuda"] = "auto"
     prior_context: PositiveInt | None = None
     """Tokens a window; default 2048, or the prior's own limit where that is smaller."""
@@ -156,14 +158,8 @@ class PreprocessConfig(Section):
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the settings taken together."""
-        for name, values in NOT_YET.items():
-            value = getattr(self, name)
-            if value in values:
-                allowed = type(self).model_fields[name].annotation.__args__  # type: ignore[union-attr]
-                usable = [choice for choice in allowed if choice not in values]
-                yield f"{name}={value}: not available yet in this version; available: {', '.join(usable)}"
-        if self.edits and self.prior is None:
-            yield f"prior: missing; edit_strategy={self.strategy} needs one (or give edit_strategy none)"
+        if self.edits:
+            yield from self._prior_faults()
         yield from self._output_tokenizer_faults()
         if self.unit_documents is not None and self.unit_bytes is not None:
             yield "unit_documents and unit_bytes: give one of them"
@@ -181,6 +177,21 @@ class PreprocessConfig(Section):
             yield (
                 f"edit_low_threshold={self.edit_low_threshold}: above edit_threshold={self.edit_threshold}; "
                 "expected it below"
+            )
+
+    def _prior_faults(self) -> Iterator[str]:
+        """What is wrong with the prior's settings."""
+        if self.prior is None:
+            yield f"prior: missing; edit_strategy={self.strategy} needs one (or give edit_strategy none)"
+        if self.prior_dtype in FP8_DTYPES and self.prior_device == "cpu":
+            yield (
+                f"prior_dtype={self.prior_dtype}: needs a GPU, and prior_device is cpu; give float32 or "
+                "bfloat16, or another device"
+            )
+        if self.prior_dtype in FP8_DTYPES and self.prior_backend == "hf":
+            yield (
+                f"prior_dtype={self.prior_dtype}: is for Megatron checkpoints, and prior_backend is hf; give "
+                "float32, bfloat16 or float16"
             )
 
     def _output_tokenizer_faults(self) -> Iterator[str]:

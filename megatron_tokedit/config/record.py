@@ -26,6 +26,7 @@ def resolve(config: RunConfig, *, vocab_size: int) -> RunConfig:
     return config.model_copy(
         update={
             "model": config.model.resolved(vocab_size),
+            "precision": config.precision.resolved(config.parallel),
             "schedule": schedule.model_copy(update={f"lr_decay_{schedule.unit}": decay}),
             "data": data.model_copy(update={"cache_dir": data.cache_dir or f"{config.run_dir}/index_cache"}),
         }

@@ -15,8 +15,8 @@ class OptimizerConfig(Section):
     lr: PositiveFloat
     min_lr: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.1
-    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    adam_beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
@@ -82,7 +82,7 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt = 1
     global_batch_size: PositiveInt
     """Sequences a step over all data-parallel ranks; the rest is gradient accumulation."""
-    rampup_batch_size: list[PositiveInt] | None = Field(None, min_length=3, max_length=3)
+    rampup_batch_size: list[PositiveInt] | None = Field(default=None, min_length=3, max_length=3)
     """``[start, increment, samples]``: the global batch size grows from ``start`` by ``increment`` in equal
     parts of the first ``samples`` samples, as in Megatron-LM."""
     eval_interval_steps: NonNegativeInt = 0

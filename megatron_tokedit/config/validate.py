@@ -11,12 +11,17 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tokedit.config import data_checks, model_checks, training_checks
+from megatron_tokedit.config import data_checks, model_checks, precision_checks, training_checks
 from megatron_tokedit.config.faults import Fault, raise_faults
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.config.training import TrainingConfig
 
-_CHECKS = (*model_checks.CHECKS, *training_checks.CHECKS, *data_checks.CHECKS)
+_CHECKS = (
+    *model_checks.CHECKS,
+    *precision_checks.CHECKS,
+    *training_checks.CHECKS,
+    *data_checks.CHECKS,
+)
 
 
 def validate(config: RunConfig, world_size: int | None = None) -> None:

@@ -2,8 +2,8 @@
 not (``checkpoint_folder`` has its layout).
 
 Invariant: older checkpoints are removed only after the new one passed the test of completeness. Any (tensor,
-pipeline, data) layout loads what any other saved; the random states are restored only under the layout that
-saved them.
+pipeline, data) layout and any precision recipe loads what any other saved (``extra_state`` says what of FP8
+goes on); the random states are restored only under the layout that saved them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_tokedit.config.training import CheckpointConfig
-from megatron_tokedit.engine import checkpoint_folder
+from megatron_tokedit.engine import checkpoint_folder, extra_state
 from megatron_tokedit.engine.background_save import BackgroundSave, writing
+from megatron_tokedit.engine.cuda_graphs import plain_states, tracked_states
 from megatron_tokedit.engine.initialize import ParallelContext
+from megatron_tokedit.engine.main_parameters import refresh_weights, reload_main_parameters
 from megatron_tokedit.engine.model import gather_parameters, unwrap
 from megatron_tokedit.engine.optimizer import load_optimizer
 from megatron_tokedit.engine.optimizer_parts import fit_parts
@@ -56,7 +58,7 @@ def _random_states() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": plain_states(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
 
 
@@ -68,7 +70,8 @@ def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states(tracked_states(states["tracker"], tracker.get_states()))
 
 
 def _random_state_object(ctx: ParallelContext, states: dict[str, Any] | None) -> Any:
@@ -97,6 +100,8 @@ def _sharded_state(
     if optimizer is not None:
         of_model = chunks["model"] if len(model) == 1 else chunks
         state["optimizer"] = optimizer.sharded_state_dict(of_model, is_loading=is_loading, metadata=metadata)
+    if not is_loading:
+        extra_state.dequantize(chunks)
     if scheduler is not None:
         state["scheduler"] = scheduler.state_dict()
     return state
@@ -230,6 +235,7 @@ def load(
     ctx: ParallelContext,
     random_states: bool = True,
     fully_parallel: bool = False,
+    main_parameters_of: Any | None = None,
 ) -> dict[str, Any]:
     """Load the newest complete checkpoint under ``path`` into model, optimizer and scheduler.
 
@@ -239,12 +245,12 @@ def load(
     Args:
         path: a step folder, a run folder, or its ``checkpoints`` folder.
         model: from ``build_model``.
-        optimizer: from ``build_optimizer``, or None to leave optimizer and random states alone; an optimizer
-            built before must then be told by ``optimizer.reload_model_params()``.
+        optimizer: from ``build_optimizer``, or None to leave optimizer and random states alone.
         scheduler: from ``build_scheduler``, or None.
         ctx: the layout; need not be the one that saved.
         random_states: restore them too, where an optimizer is loaded under the layout that saved.
         fully_parallel: data-parallel ranks share the reading and exchange what they read.
+        main_parameters_of: an optimizer of ``model`` that is not loaded, but starts from the weights.
 
     Returns:
         The content of ``state.json``.
@@ -255,25 +261,41 @@ def load(
     folder = checkpoint_folder.require(path)
     state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
     sharded = _sharded_state(model, optimizer, None, is_loading=True)
-    same_layout = state.get("layout") == _layout(ctx)
-    if optimizer is not None and same_layout and random_states:
+    wants_random_states = optimizer is not None and random_states
+    if wants_random_states and state.get("layout") == _layout(ctx):
         sharded["random_states"] = _random_state_object(ctx, None)
+    names, recipe = _model_keys(model), extra_state.recipe_of(unwrap(model[0]).config)
+    removed = extra_state.take_out({name: sharded[name] for name in names}, folder, recipe)
     loaded = _dist_load(sharded, folder, fully_parallel=fully_parallel and ctx.dp_size > 1)
-    for key, chunk in zip(_model_keys(model), model, strict=True):
-        unwrap(chunk).load_state_dict(loaded[key], strict=True)
+    weights = {name: loaded[name] for name in names}
+    extra_state.put_back(weights, removed)
+    for name, chunk in zip(names, model, strict=True):
+        unwrap(chunk).load_state_dict(weights[name], strict=True)
+    if main_parameters_of is not None:
+        reload_main_parameters(main_parameters_of, model, weights, names)
     if optimizer is not None:
         load_optimizer(optimizer, fit_parts(optimizer, loaded["optimizer"]))
+        if recipe != extra_state.recorded_recipe(folder) or extra_state.has_fp8_parameters(model):
+            refresh_weights(optimizer, model)
     if scheduler is not None:
         scheduler.num_steps = 0  # loading adds to it
         scheduler.load_state_dict(loaded["scheduler"])
-    states = loaded.get("random_states")
+    if optimizer is not None or main_parameters_of is not None:
+        extra_state.log_change(folder, recipe)
+    _restore_random_states(
+        loaded.get("random_states"), folder, wanted=optimizer is not None and random_states
+    )
+    return state
+
+
+def _restore_random_states(states: dict[str, Any] | None, folder: Path, *, wanted: bool) -> None:
+    """Set the loaded random states, or say why there are none."""
     if states is not None and (states["cuda"] is not None) == torch.cuda.is_available():
         _set_random_states(states)
     elif states is not None:
         logger.info("%s was saved on another kind of device: random states start from the seed", folder)
-    elif optimizer is not None and random_states:
+    elif wanted:
         logger.info("%s was saved under another layout: random states start from the seed", folder)
-    return state
 
 
 def _dist_load(sharded: dict[str, Any], folder: Path, *, fully_parallel: bool) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """megatron-core's ``GPTModel`` whose loss never sees the padding of the vocabulary.
 
 The embedding is padded so that it divides among tensor-parallel ranks; in Megatron-LM the padding rows take
-part in the softmax of the training loss. Here their logits are -inf, so that the training loss is the
+part in the softmax of the training loss. Here their logits count for nothing, so that the loss is the
 negative log-likelihood over the real vocabulary: the same number under every layout, and the one that
 scoring and evaluation report.
 """
@@ -45,5 +45,7 @@ class VocabMaskedGPTModel(GPTModel):
             return loss.view(logits.shape[:2]).transpose(0, 1).contiguous()
         if real_columns < logits.size(-1):
             with torch.no_grad():  # no gradient flows through padding: its softmax is zero
-                logits[..., real_columns:] = float("-inf")
+                # the least number, not -inf, of which Transformer Engine's kernel makes NaN where a rank
+                # holds padding alone
+                logits[..., real_columns:] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)

@@ -127,11 +127,11 @@ def _start_process_group(device_type: str, timeout_minutes: int, standalone: boo
     return True
 
 
-def seed_everything(seed: int, pp_rank: int) -> None:
+def seed_everything(seed: int, pp_rank: int, *, cuda_graphs: bool = False) -> None:
     """Seed python, numpy, torch and megatron-core's tensor-parallel states.
 
     As in Megatron-LM: pipeline stages differ, tensor-parallel ranks differ inside tensor-parallel regions
-    only, and data-parallel ranks share their seed.
+    only, and data-parallel ranks share their seed. ``cuda_graphs``: keep the states so that graphs hold them.
     """
     from megatron.core import tensor_parallel
 
@@ -139,7 +139,9 @@ def seed_everything(seed: int, pp_rank: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed, force_reset_rng=True, use_cudagraphable_rng=cuda_graphs
+    )
 
 
 def current_context(*, owns_process_group: bool = False) -> ParallelContext:
@@ -183,6 +185,7 @@ def initialize(
     device: str = "auto",
     cpu_threads: int | None = None,
     standalone: bool = False,
+    cuda_graphs: bool = False,
 ) -> ParallelContext:
     """Start distributed work; every rank of the job must call it.
 
@@ -192,6 +195,7 @@ def initialize(
         device: ``auto``, ``cpu`` or ``cuda``.
         cpu_threads: torch threads of this rank on CPU; default: usable cores / ranks on this node.
         standalone: be a world of one, whatever launcher started this process.
+        cuda_graphs: layers will be recorded in CUDA graphs (``precision.cuda_graph_impl``).
 
     Raises:
         ConfigError: sizes that do not divide the world size, a device that is not there or cannot do what is
@@ -227,6 +231,6 @@ def initialize(
         create_gloo_process_groups=device_type == "cuda",
     )
     context = current_context(owns_process_group=owns)
-    seed_everything(seed, context.pp_rank)
+    seed_everything(seed, context.pp_rank, cuda_graphs=cuda_graphs)
     logger.info("%s on %s (%s), %s", describe(context), device_type, reason, context.backend)
     return context

@@ -115,3 +115,19 @@ def block_spec(
         layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage),
         layer_norm=LocalNorm if norm_has_weights else WeightlessNorm,
     )
+
+
+def fuse_weight_gradients(module: torch.nn.Module) -> int:
+    """Let Transformer Engine's linear layers add weight gradients to the float32 buffer in the product.
+
+    megatron-core's own setting, ``gradient_accumulation_fusion``, also covers its output layer, which needs
+    an extension of apex; Transformer Engine's layers need nothing. For a model that will be wrapped in DDP,
+    whose buffers they add to.
+
+    Returns:
+        How many layers that are.
+    """
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "fuse_wgrad_accumulation")]
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = True
+    return len(layers)

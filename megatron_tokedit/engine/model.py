@@ -17,7 +17,12 @@ from megatron_tokedit.config.validate import cross_section_faults
 from megatron_tokedit.engine import precision as precision_recipes
 from megatron_tokedit.engine import preflight
 from megatron_tokedit.engine.initialize import ParallelContext
-from megatron_tokedit.engine.layers import block_spec, layer_spec, uses_transformer_engine
+from megatron_tokedit.engine.layers import (
+    block_spec,
+    fuse_weight_gradients,
+    layer_spec,
+    uses_transformer_engine,
+)
 from megatron_tokedit.engine.sizes import flops_per_token, num_parameters, padded_vocab_size
 
 __all__ = [
@@ -69,6 +74,7 @@ def _parallel_fields(parallel: ParallelConfig) -> dict[str, Any]:
             "recompute_method",
             "recompute_num_layers",
             "recompute_modules",
+            "tp_comm_overlap",
         )
     }
     if parallel.virtual_pipeline_model_parallel_size > 1:
@@ -109,6 +115,7 @@ def _device_fields(model: ModelConfig, parallel: ParallelConfig, device: torch.d
         "deallocate_pipeline_outputs": on_cuda or parallel.virtual_pipeline_model_parallel_size == 1,
         "moe_token_dispatcher_type": "alltoall" if on_cuda else "allgather",
         "moe_grouped_gemm": has_experts and uses_transformer_engine(device),
+        "apply_rope_fusion": model.family_traits.uses_rope and uses_transformer_engine(device),
     }
 
 
@@ -123,9 +130,11 @@ def transformer_config(
     """megatron-core's ``TransformerConfig`` for a model, precision and layout.
 
     Raises:
-        ConfigError: sizes that do not divide among the ranks.
+        ConfigError: sizes that do not divide among the ranks, or what this machine cannot do.
     """
-    raise_faults(cross_section_faults({"model": model, "parallel": parallel}), "model and layout")
+    sections = {"model": model, "parallel": parallel, "precision": precision}
+    raise_faults(cross_section_faults(sections), "model, layout and precision")
+    preflight.refuse_faults(precision, parallel, model)
 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -148,7 +157,7 @@ def transformer_config(
         **_router_loss_fields(model, parallel),
         **_parallel_fields(parallel),
         **_device_fields(model, parallel, device),
-        **precision_recipes.resolve(precision, device).transformer,
+        **precision_recipes.resolve(precision, device, parallel).transformer,
     )
 
 
@@ -213,7 +222,8 @@ def build_model(
         The chunks of layers this rank holds: one, or ``virtual_pipeline_model_parallel_size`` of them.
 
     Raises:
-        ConfigError: sizes that do not divide among the ranks.
+        ConfigError: sizes that do not divide among the ranks, what this machine cannot do, or a model that
+            does not compute in the precision that was asked for.
     """
     config = transformer_config(
         model, precision, parallel, ctx.device, perform_initialization=perform_initialization
@@ -226,6 +236,7 @@ def build_model(
 
             module = Float16Module(config, module)
         modules.append(module)
+    precision_recipes.check_model(precision, config, modules)
     return _wrap_with_ddp(modules, config, precision, parallel, ctx) if wrap_with_ddp else modules
 
 
@@ -242,14 +253,16 @@ def _wrap_with_ddp(
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         **_overlap_fields(parallel, ctx),
-        **precision_recipes.resolve(precision, ctx.device).ddp,
+        **precision_recipes.resolve(precision, ctx.device, parallel).ddp,
     )
     wrapped = [
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=chunk > 0)
         for chunk, module in enumerate(modules)
     ]
     for chunk in wrapped:
-        chunk.broadcast_params()
+        fuse_weight_gradients(chunk)
+        if not config.fp8_param:  # not to be broadcast; data-parallel ranks draw them from the same seed
+            chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
     if ctx.dp_size * ctx.cp_size > 1:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if ctx.vp_size > 1 else wrapped[0].no_sync
@@ -271,9 +284,15 @@ def gather_parameters(model: list[Any]) -> None:
 
     Collective over the data-parallel ranks; needed before parameters are read outside of a training step.
     """
+    from megatron.core import fp8_utils
+
     for chunk in model:
         if getattr(chunk, "use_forward_hook", False):
             chunk.start_param_sync(force_sync=True)
+            # the next forward pass would do it, but takes what is gathered already for finished; without it
+            # the next backward pass would multiply by the transposed weights of an update before
+            in_fp8 = [parameter for parameter in chunk.parameters() if fp8_utils.is_float8tensor(parameter)]
+            fp8_utils.post_all_gather_processing(in_fp8)
 
 
 def unwrap(module: Any) -> Any:

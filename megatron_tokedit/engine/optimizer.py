@@ -45,7 +45,7 @@ def build_optimizer(
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        **precision_recipes.resolve(precision, ctx.device).optimizer,
+        **precision_recipes.resolve(precision, ctx.device, parallel).optimizer,
     )
     with cpu_device.cuda_type_names():
         built = get_megatron_optimizer(config, model, use_gloo_process_groups=ctx.device.type == "cuda")

@@ -1,81 +1,51 @@
-"""Looks at the machine before ``megatron.core`` is imported.
+"""Says before ``megatron.core`` is imported what the machine cannot do of what is asked.
 
 megatron-core guards its optional imports against ``ImportError`` only, so a half-installed Transformer Engine
 makes ``import megatron.core`` die with an unrelated traceback, and any importable ``apex`` makes it believe
-in kernels that are not there. Invariant: nothing here imports megatron, and whatever an optional package
-raises becomes one plain sentence.
+in kernels that are not there; and without Transformer Engine it trains an FP8 recipe without FP8 and without
+a word. Invariant: nothing here imports megatron, and a setting that the machine cannot honour is a fault,
+never replaced by another.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
+from megatron_tokedit.config.faults import Fault, raise_faults
+from megatron_tokedit.config.recipes import RECIPES
+from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_tokedit.engine.machine import (
+    INSTALL_TRANSFORMER_ENGINE,
+    Probe,
+    assumed,
+    describe,
+    dotted,
+    numbers,
+    probe,
+)
 from megatron_tokedit.errors import ConfigError
 
+__all__ = [
+    "Probe",
+    "assumed",
+    "check",
+    "describe",
+    "engine_fault",
+    "machine_faults",
+    "probe",
+    "refuse_faults",
+    "resolve_device",
+    "section_faults",
+    "setting_faults",
+]
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What the machine offers.
-
-    Attributes:
-        has_cuda: a CUDA device is usable.
-        transformer_engine: version of a working Transformer Engine, else None.
-        fused_wgrad: NVIDIA apex's ``fused_weight_gradient_mlp_cuda`` extension is installed (the one thing
-            of apex that is still used).
-        faults: what is installed but broken, one sentence each.
-    """
-
-    has_cuda: bool
-    transformer_engine: str | None
-    fused_wgrad: bool
-    faults: tuple[str, ...]
-
-
-def _probe_transformer_engine() -> tuple[str | None, str | None]:
-    """Version and fault of Transformer Engine; both None where it is not installed."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return None, None
-    try:
-        module = importlib.import_module("transformer_engine")
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # noqa: BLE001 - a half-installed package raises anything
-        reason = str(error).strip().splitlines()
-        return None, (
-            f"transformer_engine is installed but cannot be imported "
-            f"({type(error).__name__}: {reason[0] if reason else 'no message'}); reinstall it to match torch "
-            f"{torch.__version__} or remove it (pip uninstall transformer-engine transformer-engine-torch)"
-        )
-    return str(getattr(module, "__version__", "unknown")), None
-
-
-def _probe_apex() -> str | None:
-    """Fault of an importable package named apex that lacks NVIDIA's fused layer norm, else None."""
-    if importlib.util.find_spec("apex") is None:
-        return None
-    try:
-        found = importlib.util.find_spec("apex.normalization") is not None
-    except Exception:  # noqa: BLE001 - importing the parent package may raise anything
-        found = False
-    if found and importlib.util.find_spec("fused_layer_norm_cuda") is not None:
-        return None
-    return (
-        "a package named 'apex' is installed that is not NVIDIA's apex with its CUDA extensions (the one on "
-        "PyPI is an unrelated project); megatron-core would use it and fail: pip uninstall apex"
-    )
-
-
-@lru_cache(maxsize=1)
-def probe() -> Probe:
-    """Probe once per process; never raises."""
-    version, te_fault = _probe_transformer_engine()
-    faults = tuple(fault for fault in (te_fault, _probe_apex()) if fault)
-    fused_wgrad = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return Probe(torch.cuda.is_available(), version, fused_wgrad, faults)
+OLDEST_TRANSFORMER_ENGINE, FIRST_UNKNOWN_TRANSFORMER_ENGINE = (2, 9), (2, 12)
+"""megatron-core 0.16 takes the versions in between."""
+OLDEST_BF16_CAPABILITY = (8, 0)
+_NO_CUDA = "'cuda' was asked for, but torch finds no CUDA device; use 'auto' or 'cpu'"
 
 
 def check() -> Probe:
@@ -88,6 +58,155 @@ def check() -> Probe:
     if found.faults:
         raise ConfigError("\n".join(found.faults))
     return found
+
+
+def _gpu(found: Probe) -> str:
+    """The GPU in words."""
+    return f"the {found.gpu_name} has {dotted(found.compute_capability or (0, 0))}"
+
+
+def engine_fault(found: Probe) -> str | None:
+    """What keeps Transformer Engine from being used on this machine's GPU."""
+    version = found.transformer_engine
+    if version is None:
+        broken = any("transformer_engine" in fault for fault in found.faults)
+        return (
+            "its installation is broken (see above)"
+            if broken
+            else f"it is not installed ({INSTALL_TRANSFORMER_ENGINE})"
+        )
+    if not OLDEST_TRANSFORMER_ENGINE <= numbers(version) < FIRST_UNKNOWN_TRANSFORMER_ENGINE:
+        return (
+            f"version {version} is installed, and megatron-core 0.16 takes "
+            f"{dotted(OLDEST_TRANSFORMER_ENGINE)} up to, not including, "
+            f"{dotted(FIRST_UNKNOWN_TRANSFORMER_ENGINE)} ({INSTALL_TRANSFORMER_ENGINE})"
+        )
+    return None
+
+
+def _recipe_faults(precision: PrecisionConfig, found: Probe) -> Iterator[Fault]:
+    path, traits = ("precision", "recipe"), precision.traits
+    capability = found.compute_capability
+    if not found.has_cuda:
+        if precision.is_fp8:
+            yield Fault(
+                path,
+                f"{precision.recipe} needs a GPU of compute capability "
+                f"{dotted(traits.min_capability or (0, 0))}, and this machine has no CUDA device; use "
+                f"bf16, or run it where there is one",
+            )
+        return
+    if precision.compute_dtype == "bf16" and capability and capability < OLDEST_BF16_CAPABILITY:
+        yield Fault(
+            path,
+            f"{precision.recipe} needs compute capability {dotted(OLDEST_BF16_CAPABILITY)} for bfloat16, "
+            f"and {_gpu(found)}; use fp32",
+        )
+    elif traits.min_capability and capability and capability < traits.min_capability:
+        yield Fault(
+            path,
+            f"{precision.recipe} needs compute capability {dotted(traits.min_capability)}, and "
+            f"{_gpu(found)}; use {_fitting_recipes(found)}",
+        )
+    if traits.max_capability and capability and capability >= traits.max_capability:
+        yield Fault(
+            path,
+            f"{precision.recipe} has no kernels for compute capability {dotted(traits.max_capability)} or "
+            f"later, and {_gpu(found)}; use {_fitting_recipes(found)}",
+        )
+    if traits.min_cuda and numbers(found.cuda_version or "") < traits.min_cuda:
+        yield Fault(
+            path,
+            f"{precision.recipe} needs CUDA {dotted(traits.min_cuda)}, and torch {torch.__version__} is "
+            f"built for {found.cuda_version}; install a torch for a later CUDA, or use another recipe",
+        )
+    if precision.is_fp8 and (fault := engine_fault(found)):
+        yield Fault(path, f"{precision.recipe} needs Transformer Engine's layers: {fault}")
+
+
+def _fitting_recipes(found: Probe) -> str:
+    """Names of the recipes that the GPU and CUDA take."""
+    capability, cuda = found.compute_capability or (0, 0), numbers(found.cuda_version or "")
+    fitting = [
+        recipe.name
+        for recipe in RECIPES.values()
+        if capability >= (recipe.min_capability or OLDEST_BF16_CAPABILITY)
+        and (recipe.max_capability is None or capability < recipe.max_capability)
+        and cuda >= (recipe.min_cuda or (0, 0))
+        and recipe.compute_dtype == "bf16"
+    ]
+    return " or ".join(fitting) or "fp32"
+
+
+def _kernel_faults(precision: PrecisionConfig, parallel: ParallelConfig, found: Probe) -> Iterator[Fault]:
+    """Settings beside the recipe that need a GPU or Transformer Engine."""
+    graphs = precision.cuda_graph_impl
+    wishes = (
+        (("precision", "cross_entropy_loss_fusion"), precision.cross_entropy_loss_fusion, False),
+        (("precision", "cross_entropy_fusion_impl"), precision.cross_entropy_fusion_impl == "te", True),
+        (("precision", "cuda_graph_impl"), graphs != "none", graphs == "transformer_engine"),
+        (("parallel", "tp_comm_overlap"), parallel.tp_comm_overlap, True),
+        (("parallel", "context_parallel_size"), parallel.context_parallel_size > 1, True),
+    )
+    for (section, field), wanted, needs_engine in wishes:
+        if not wanted:
+            continue
+        value = getattr(precision if section == "precision" else parallel, field)
+        shown = str(value).lower() if isinstance(value, bool) else value
+        if not found.has_cuda:
+            yield Fault(
+                (section, field), f"{shown} needs a GPU, and this machine has no CUDA device; remove it"
+            )
+        elif needs_engine and (fault := engine_fault(found)):
+            yield Fault((section, field), f"{shown} needs Transformer Engine: {fault}")
+
+
+def setting_faults(
+    precision: PrecisionConfig, found: Probe, parallel: ParallelConfig, model: ModelConfig | None = None
+) -> list[Fault]:
+    """Every setting that the machine cannot honour; what is broken there comes first.
+
+    Args:
+        precision: the recipe and what goes with it.
+        found: from :func:`probe` or :func:`assumed`.
+        parallel: the layout.
+        model: the model, where known.
+    """
+    faults = [Fault((), fault) for fault in found.faults]
+    faults += _recipe_faults(precision, found)
+    faults += _kernel_faults(precision, parallel, found)
+    present = found.has_cuda and found.transformer_engine is not None
+    if present and not precision.is_fp8 and (fault := engine_fault(found)):
+        faults.append(Fault((), f"Transformer Engine would be used on the GPU, but {fault}"))
+    return faults
+
+
+def machine_faults(
+    precision: PrecisionConfig, found: Probe, parallel: ParallelConfig, model: ModelConfig | None = None
+) -> list[str]:
+    """:func:`setting_faults` as sentences that name section and field."""
+    return [str(fault) for fault in setting_faults(precision, found, parallel, model)]
+
+
+def section_faults(sections: Mapping[str, Any], found: Probe) -> list[Fault]:
+    """:func:`setting_faults` of a run's sections, as far as they are sound."""
+    precision, parallel = sections.get("precision"), sections.get("parallel")
+    device = getattr(sections.get("runtime"), "device", "auto")
+    if precision is None or parallel is None or device == "cpu":  # checked against cpu without a machine
+        return [Fault((), fault) for fault in found.faults]
+    faults = setting_faults(precision, found, parallel, sections.get("model"))
+    if device == "cuda" and not found.has_cuda:
+        faults.append(Fault(("runtime", "device"), _NO_CUDA))
+    return faults
+
+
+def refuse_faults(precision: PrecisionConfig, parallel: ParallelConfig, model: ModelConfig) -> None:
+    """Stop before a model is built that this machine cannot run as it is meant.
+
+    Raises:
+        ConfigError: one message with every fault.
+    """
+    raise_faults(setting_faults(precision, probe(), parallel, model), "this machine")
 
 
 def resolve_device(device: str) -> tuple[str, str]:
@@ -107,9 +226,7 @@ def resolve_device(device: str) -> tuple[str, str]:
     if device == "auto":
         return ("cuda", "a CUDA device is available") if has_cuda else ("cpu", "no CUDA device was found")
     if device == "cuda" and not has_cuda:
-        raise ConfigError(
-            "runtime.device: 'cuda' was asked for, but torch finds no CUDA device; use 'auto' or 'cpu'"
-        )
+        raise ConfigError(f"runtime.device: {_NO_CUDA}")
     if device == "cpu" and has_cuda:
         raise ConfigError(
             "runtime.device: 'cpu' was asked for on a machine with a CUDA device; hide it by setting "

@@ -246,7 +246,7 @@ def _score_sample(
     lines = [
         f"prior       {rate.num_parameters:,} parameters, {rate.flops_per_token / 1e6:,.4g} MFLOP a token",
         f"speed       {rate.share_of_device_rate:.0%} of the matrix-product rate of a {device}{threads} in "
-        f"{prior.dtype}, {rate.device_flops / 1e9:,.0f} GFLOP/s",
+        f"{rate.rate_dtype}, {rate.device_flops / 1e9:,.0f} GFLOP/s",
         f"memory      {rate.peak_memory_bytes / 1e9:.2f} GB a worker, {_number(workers, 'worker')} here",
         *_times(device, rate.tokens_per_second, num_tokens, workers),
         f"to expect   eligible {statistics.eligible / tokens:.2%} (of {statistics.tokens:,} sampled tokens), "

@@ -6,6 +6,7 @@ Invariant: a tokenizer and a prior that do not belong together never meet a docu
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,12 +128,14 @@ def find_prior(
     Raises:
         PriorError: the prior is not usable.
         TokenizerError: it does not belong to the tokenizer.
-        ConfigError: a window that it cannot take, or a device that is not there.
+        ConfigError: a window that it cannot take, a device that is not there, or a precision that the prior
+            or this machine does not have.
     """
     if not config.edits or config.prior is None:
         return None
     from megatron_tokedit.scoring.load import (
         DEFAULT_CONTEXT_TOKENS,
+        check_dtype,
         identify_prior,
         resolve_device,
         scoring_options,
@@ -141,6 +144,8 @@ def find_prior(
     device = config.prior_device if only_merges else resolve_device(config.prior_device).type
     identity = identify_prior(config.prior, config.prior_backend, known=known)
     _check_tokenizer(tokenizer, identity)
+    if not only_merges:
+        check_dtype(identity, config.prior_dtype)
     options = scoring_options(
         identity,
         start_id=_start_id(tokenizer, identity),
@@ -184,7 +189,12 @@ def environment(device: str) -> str:
     import torch
 
     name = "CPU" if device == "cpu" else torch.cuda.get_device_name()
-    return f"{name}, torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}"
+    packages = ("transformers", *(() if device == "cpu" else ("transformer-engine",)))
+    versions = [f"torch {torch.__version__}"]
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join([name, *versions])
 
 
 def _check_tokenizer(tokenizer: Tokenizer, identity: PriorIdentity) -> None:

@@ -31,8 +31,9 @@ class ScoringRate:
         flops_per_token: of a forward pass, for each scored token, with what overlapping windows compute
             twice: 2 x matmul parameters, output layer included, and attention at the sample's mean context.
             Padding is no work that counts.
-        device_flops: floating-point operations a second of this device in matrix products, in the model's
-            precision and with torch's present number of threads.
+        device_flops: floating-point operations a second of this device in matrix products, with torch's
+            present number of threads.
+        rate_dtype: the precision of these products: the model's, or bfloat16 for a model in FP8.
         share_of_device_rate: what scoring reaches of it.
         peak_memory_bytes: most memory this process has had: resident set on a CPU, allocated on a GPU.
     """
@@ -41,6 +42,7 @@ class ScoringRate:
     num_parameters: int
     flops_per_token: float
     device_flops: float
+    rate_dtype: str
     share_of_device_rate: float
     peak_memory_bytes: int
 
@@ -66,12 +68,14 @@ def measure_rate(
     seconds = max(time.perf_counter() - begin, 1e-9)
     num_tokens = sum(int(np.count_nonzero(~np.isnan(score.logprobs_T))) for score in scores)
     flops = count_flops(scorer, [len(ids) for ids in documents])
-    device_flops = matrix_product_rate(backbone.device, backbone.head.weight_VH.dtype)
+    dtype = backbone.head.weight_VH.dtype
+    device_flops = matrix_product_rate(backbone.device, dtype)
     return ScoringRate(
         tokens_per_second=num_tokens / seconds,
         num_parameters=backbone.size.num_parameters,
         flops_per_token=flops / max(num_tokens, 1),
         device_flops=device_flops,
+        rate_dtype=str(dtype).removeprefix("torch."),
         share_of_device_rate=flops / seconds / device_flops,
         peak_memory_bytes=peak_memory_bytes(backbone.device),
     )

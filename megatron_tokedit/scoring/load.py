@@ -113,7 +113,8 @@ def load_scorer(
     Args:
         identity: from :func:`identify_prior`.
         options: windows and batches.
-        dtype: ``float32``, ``bfloat16`` or ``float16`` (no Megatron checkpoint in this one).
+        dtype: ``float32``, ``bfloat16`` or, of a Hugging Face model, ``float16``; of a Megatron checkpoint
+            also ``fp8``, ``fp8_blockwise`` and ``mxfp8``.
         device: ``auto`` (CUDA where there is a device), ``cpu`` or ``cuda``.
 
     Raises:
@@ -121,6 +122,7 @@ def load_scorer(
         ConfigError: options that the model cannot honour, or a device that is not there.
     """
     target = resolve_device(device)
+    check_dtype(identity, dtype)
     backbone: Backbone
     if identity.backend == "megatron":
         from megatron_tokedit.scoring.megatron import MegatronBackbone
@@ -133,6 +135,27 @@ def load_scorer(
             identity.path, fingerprint=identity.fingerprint, dtype=dtype, device=target
         )
     return CausalScorer(backbone, options)
+
+
+def check_dtype(identity: PriorIdentity, dtype: str) -> None:
+    """Refuse a precision that a prior cannot be scored in here, without loading it.
+
+    Raises:
+        ConfigError: with the reason.
+        PriorError: a checkpoint is damaged.
+    """
+    if identity.backend == "megatron":
+        from megatron_tokedit.scoring import megatron
+
+        megatron.check_dtype(identity, dtype)
+        return
+    from megatron_tokedit.scoring.huggingface import DTYPES
+
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"prior_dtype={dtype}: the Hugging Face prior {identity.path} is scored in "
+            f"{' or '.join(DTYPES)}; FP8 is for Megatron checkpoints: give one of these or such a checkpoint"
+        )
 
 
 def resolve_device(device: str) -> torch.device:

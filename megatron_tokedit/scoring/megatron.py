@@ -1,5 +1,8 @@
 """A Megatron checkpoint of this package as a backbone, in one process.
 
+In FP8 the linear layers of the transformer layers are Transformer Engine's, under the recipe of the dtype's
+name; the output layer and the log-probabilities are as in bfloat16.
+
 Invariant: hidden states come from the same model code that training runs; rows of the output layer beyond the
 real vocabulary (padding for tensor parallelism) never take part in a softmax.
 """
@@ -12,13 +15,20 @@ import orjson
 import torch
 
 from megatron_tokedit.engine import checkpoint_folder
-from megatron_tokedit.engine.inference import load_language_model
+from megatron_tokedit.engine.inference import load_language_model, scoring_faults
 from megatron_tokedit.errors import CheckpointError, ConfigError, PriorError
 from megatron_tokedit.scoring.head import OutputHead
 from megatron_tokedit.scoring.identity import PriorFiles, PriorIdentity, read_files
 from megatron_tokedit.scoring.scorer import ModelSize
 
-RECIPES = {"float32": "fp32", "bfloat16": "bf16"}
+RECIPES = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "fp8": "fp8_tensorwise",
+    "fp8_blockwise": "fp8_blockwise",
+    "mxfp8": "mxfp8",
+}
+"""Precision of a prior -> recipe of the engine."""
 
 
 def identify_checkpoint(path: str, known: PriorFiles | None = None) -> PriorIdentity:
@@ -54,25 +64,42 @@ def identify_checkpoint(path: str, known: PriorFiles | None = None) -> PriorIden
     )
 
 
+def check_dtype(identity: PriorIdentity, dtype: str) -> None:
+    """Refuse a precision that a checkpoint is not scored in, or that this machine does not have.
+
+    Raises:
+        ConfigError: with every reason.
+        PriorError: the checkpoint is damaged.
+    """
+    if dtype not in RECIPES:
+        raise ConfigError(
+            f"prior_dtype={dtype}: the Megatron checkpoint {identity.path} is scored in "
+            f"{' or '.join(RECIPES)}; give one of these"
+        )
+    try:
+        faults = scoring_faults(identity.path, RECIPES[dtype])
+    except CheckpointError as error:
+        raise PriorError(f"prior {identity.path}: {error}") from error
+    if faults:
+        raise ConfigError(
+            f"prior_dtype={dtype}: {'; '.join(faults)} (prior_dtype bfloat16 is the recipe bf16)"
+        )
+
+
 class MegatronBackbone:
     """A checkpoint loaded through ``engine.inference``; see :class:`Backbone` for the members.
 
     Args:
         identity: from :func:`identify_checkpoint`.
-        dtype: ``float32`` or ``bfloat16``.
+        dtype: one of ``RECIPES``, checked.
         device: where it runs; a CUDA device is the process's current one.
 
     Raises:
         PriorError: the checkpoint cannot be loaded.
-        ConfigError: a precision that checkpoints are not scored in.
+        ConfigError: a precision that checkpoints are not scored in, or that this machine does not have.
     """
 
     def __init__(self, identity: PriorIdentity, *, dtype: str, device: torch.device) -> None:
-        if dtype not in RECIPES:
-            raise ConfigError(
-                f"prior_dtype={dtype}: the Megatron checkpoint {identity.path} is scored in "
-                f"{' or '.join(RECIPES)}; give one of these"
-            )
         try:
             self._model = load_language_model(identity.path, device=device.type, precision=RECIPES[dtype])
         except CheckpointError as error:

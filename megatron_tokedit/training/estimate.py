@@ -2,7 +2,7 @@
 
 Parameters, gradients and optimizer state are exact up to norms; activations follow Korthikanti et al. (2022,
 arXiv 2205.05198) without the attention matrix, which the attention kernels never store, and with experts
-evenly loaded.
+evenly loaded. Under an FP8 recipe activations are counted as in bfloat16, which is more than what is kept.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def estimate_memory(config: RunConfig, *, data_parallel_size: int) -> MemoryEsti
         model.vocab_size or 0, model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
     )
     dense, experts = _rank_parameters(model, parallel, rows)
-    mixed = config.precision.recipe == "bf16"
+    mixed = config.precision.compute_dtype == "bf16"
     value_bytes = 2 if mixed else 4
+    fused_loss = config.precision.cross_entropy_loss_fusion
+    loss_bytes = 0 if (config.precision.is_fp8 if fused_loss is None else fused_loss) else 4
     replicas = data_parallel_size * parallel.context_parallel_size
     shards, expert_shards = (
         (replicas, max(1, replicas // parallel.expert_model_parallel_size))
@@ -56,12 +58,28 @@ def estimate_memory(config: RunConfig, *, data_parallel_size: int) -> MemoryEsti
     tokens = model.seq_length * config.training.micro_batch_size / parallel.context_parallel_size
     in_flight = _microbatches_in_flight(parallel, num_microbatches(config.training, data_parallel_size))
     return MemoryEstimate(
-        parameters=(dense + experts) * value_bytes,
+        parameters=(dense + experts) * value_bytes + _fp8_bytes(config),
         gradients=(dense + experts) * 4,
         optimizer=(dense / shards + experts / expert_shards) * (12 if mixed else 8),
         activations=tokens * _stage_activations(model, parallel, in_flight) * value_bytes,
-        logits=tokens * rows / parallel.tensor_model_parallel_size * (value_bytes + 4),
+        logits=tokens * rows / parallel.tensor_model_parallel_size * (value_bytes + loss_bytes),
     )
+
+
+def _fp8_bytes(config: RunConfig) -> float:
+    """What FP8 adds to the weights of the linear layers in bfloat16, in bytes of a rank.
+
+    A product needs a weight as it is and transposed, a byte each, kept from one microbatch to the next:
+    beside the weight in bfloat16, or instead of it, which saves as much as it costs.
+    """
+    model, parallel, precision = config.model, config.parallel, config.precision
+    if not precision.is_fp8 or precision.keeps_fp8_parameters(parallel):
+        return 0.0
+    layer, tensor_parallel = layer_size(model), parallel.tensor_model_parallel_size
+    in_bf16 = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    num_layers = (model.num_layers - in_bf16) / parallel.pipeline_model_parallel_size
+    mlps = layer.num_experts / parallel.expert_model_parallel_size * layer.mlp
+    return num_layers * (layer.attention + mlps) / tensor_parallel * 2
 
 
 def _rank_parameters(model: ModelConfig, parallel: ParallelConfig, rows: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tokedit.config.base import Section
+from megatron_tokedit.config.recipes import RECIPES
 from megatron_tokedit.config.record import differences
 from megatron_tokedit.config.sections import ModelConfig, PrecisionConfig
 from megatron_tokedit.errors import CheckpointError
@@ -46,12 +47,17 @@ def check_resumable(
         Differences that are allowed but change what follows, one line each.
 
     Raises:
-        CheckpointError: the model, the precision or the tokenizer differ.
+        CheckpointError: the model or the tokenizer differ, or one run is in float32 and the other in bfloat16
+            (with or without FP8: between those a run may go either way).
     """
-    fatal = differences(_weights_settings(recorded_config), _weights_settings(config))
+    old, new = _weights_settings(recorded_config), _weights_settings(config)
+    if _compute_dtype(recorded_config) == _compute_dtype(config):
+        del old["precision"], new["precision"]
+    fatal = differences(old, new)
     fatal += _tokenizer_differences(recorded_tokenizer, tokenizer)
     _refuse(folder, fatal, "resumed", "start a new run by giving another run_dir")
-    return differences(_course(recorded_config), _course(config))
+    changed = _precision_differences(recorded_config, config)
+    return changed + differences(_course(recorded_config), _course(config))
 
 
 def check_continuable(
@@ -65,20 +71,23 @@ def check_continuable(
     """Compare another run's checkpoint with the run of stage ``continue`` that starts from it.
 
     Arguments, result and errors as of :func:`check_resumable`. Data, schedule and batches are the new run's
-    own; the precision may differ unless the optimizer is kept; so may length and scaling of rotary positions.
+    own; the precision may differ (as on resuming, where the optimizer is kept); so may length and scaling of
+    rotary positions.
     """
     old, new = _weights_settings(recorded_config), _weights_settings(config)
     free: set[str] = set()
     if config["model"].get("family") != "gpt2":
         free = set(_CONTINUABLE_MODEL_FIELDS)
-    if config["init_from"]["optimizer"] == "fresh":
+    same_dtype = _compute_dtype(recorded_config) == _compute_dtype(config)
+    if same_dtype or config["init_from"]["optimizer"] == "fresh":
         old, new = {"model": old["model"]}, {"model": new["model"]}
     changed_model = [{k: v for k, v in side["model"].items() if k in free} for side in (old, new)]
     for side in (old, new):
         side["model"] = {key: value for key, value in side["model"].items() if key not in free}
     fatal = differences(old, new) + _tokenizer_differences(recorded_tokenizer, tokenizer)
     _refuse(folder, fatal, "continued", "give another checkpoint in init_from.checkpoint")
-    return differences(changed_model[0], changed_model[1], "model.")
+    changed = differences(changed_model[0], changed_model[1], "model.")
+    return changed + _precision_differences(recorded_config, config)
 
 
 def _tokenizer_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -112,7 +121,20 @@ def _weights_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = _with_defaults(ModelConfig, config.get("model", {}))
     kept = {key: value for key, value in model.items() if key not in _FREE_MODEL_FIELDS}
-    return {"model": kept, "precision": _with_defaults(PrecisionConfig, config.get("precision", {}))}
+    recipe = _with_defaults(PrecisionConfig, config.get("precision", {}))["recipe"]
+    return {"model": kept, "precision": {"recipe": recipe}}
+
+
+def _precision_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """How matrix products are computed may change; the optimizer's exact parameters stay what they are."""
+    old, new = (_with_defaults(PrecisionConfig, side.get("precision", {})) for side in (recorded, current))
+    return differences(old, new, "precision.")
+
+
+def _compute_dtype(config: Mapping[str, Any]) -> str:
+    precision = _with_defaults(PrecisionConfig, config.get("precision", {}))
+    recipe = RECIPES.get(precision["recipe"])
+    return recipe.compute_dtype if recipe else str(precision["recipe"])
 
 
 def _with_defaults(section: type[Section], recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset.blend import BlendState, Datasets, build_datasets, resume_blend
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
 from megatron_tokedit.dataset.sources import format_shares, inspect_sources, prefix_of, source_shares
-from megatron_tokedit.engine import checkpoint
+from megatron_tokedit.engine import checkpoint, user_buffers
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.model import build_model
 from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler, go_to
@@ -87,6 +87,8 @@ def build_trained(config: RunConfig, ctx: ParallelContext, state: TrainState) ->
 
     The length of a schedule in tokens counts what was consumed up to ``state`` as it was.
     """
+    micro_batch_size = config.training.micro_batch_size
+    user_buffers.make(config.model, config.parallel, config.precision, micro_batch_size=micro_batch_size)
     model = build_model(
         config.model,
         config.precision,
@@ -136,9 +138,8 @@ def load_trained(
         ctx=ctx,
         random_states=is_own,
         fully_parallel=config.checkpoint.fully_parallel_load,
+        main_parameters_of=None if with_optimizer else optimizer,
     )
-    if not with_optimizer:
-        optimizer.reload_model_params()
     tokens = state.consumed_samples * config.model.seq_length
     go_to(scheduler, tokens if config.schedule.in_tokens else state.step)
     if is_own:

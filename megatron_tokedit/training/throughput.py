@@ -10,42 +10,60 @@ from dataclasses import dataclass
 
 import torch
 
-_PEAK_TFLOPS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-}
-"""Dense bfloat16 peaks from the vendor's data sheets, by part of the device's name; first match wins."""
+from megatron_tokedit.config.gpus import gpu_named
+from megatron_tokedit.config.recipes import RECIPES
+from megatron_tokedit.config.sections import PrecisionConfig
 
 
-def peak_tflops(device: torch.device, recipe: str, configured: float | None) -> float | None:
-    """Peak rate of one rank's device.
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """What model FLOP utilisation is measured against.
+
+    Attributes:
+        tflops: peak rate of one rank's device; None where it is not known.
+        source: where the number is from, in words.
+    """
+
+    tflops: float | None
+    source: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tflops:.4g} TFLOP/s a rank ({self.source})" if self.tflops else f"unknown ({self.source})"
+        )
+
+
+def device_peak(device: torch.device, recipe: str, configured: float | None) -> Peak:
+    """Peak rate of one rank's device, for products in the recipe's precision.
 
     On a CPU it is what a matrix product reaches while every rank computes one, so call it on all ranks at
-    the same time.
+    the same time. Under an FP8 recipe attention and the output layer stay in bfloat16, so that not even a
+    perfect run reaches the FP8 peak.
 
     Args:
         device: of this rank.
         recipe: the precision recipe.
         configured: ``logging.peak_tflops``; wins where given.
-
-    Returns:
-        TFLOP/s; None for a GPU that is not in the table or runs in float32.
     """
+    traits = RECIPES[PrecisionConfig.model_validate({"recipe": recipe}).recipe]
     if configured is not None:
-        return configured
+        return Peak(configured, "logging.peak_tflops")
     if device.type == "cpu":
-        return _measured_cpu_tflops(torch.bfloat16 if recipe == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if traits.compute_dtype == "bf16" else torch.float32
+        return Peak(_measured_cpu_tflops(dtype), "measured, a matrix product")
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name and recipe != "fp32"), None)
+    gpu = gpu_named(name)
+    if traits.compute_dtype == "fp32":
+        return Peak(None, "no peak is known for float32")
+    if gpu is None:
+        return Peak(None, f"{name} is not in the table; set logging.peak_tflops")
+    times = f", {traits.peak_of_bf16:g} x bf16" if traits.is_fp8 else ", bf16"
+    return Peak(gpu.bf16_tflops * traits.peak_of_bf16, f"data sheet of {gpu.name}{times}")
+
+
+def peak_tflops(device: torch.device, recipe: str, configured: float | None) -> float | None:
+    """:func:`device_peak` in TFLOP/s; None where it is not known."""
+    return device_peak(device, recipe, configured).tflops
 
 
 def _measured_cpu_tflops(dtype: torch.dtype, size: int = 768, repeats: int = 6) -> float:

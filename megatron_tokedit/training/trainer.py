@@ -19,6 +19,7 @@ from megatron_tokedit.config.validate import validate
 from megatron_tokedit.dataset.atomic import atomic_write_bytes
 from megatron_tokedit.dataset.blend import Datasets
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
+from megatron_tokedit.engine.cuda_graphs import LayerGraphs
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.model import flops_per_token, num_parameters
 from megatron_tokedit.engine.optimizer import learning_rate
@@ -35,7 +36,7 @@ from megatron_tokedit.training.saver import Saver
 from megatron_tokedit.training.signals import StopRequest
 from megatron_tokedit.training.start import build_trained, load_trained, open_data
 from megatron_tokedit.training.state import TrainState
-from megatron_tokedit.training.throughput import Throughput, peak_tflops
+from megatron_tokedit.training.throughput import Throughput, device_peak
 from megatron_tokedit.training.trackers import Outcome, check_packages
 from megatron_tokedit.training.validation import validate_sources
 
@@ -168,6 +169,15 @@ class Trainer:
                 (self.model, self.optimizer, self.scheduler), config, ctx, origin.folder,
                 state=self.state, is_own=origin.is_own,
             )  # fmt: skip
+        self.graphs = LayerGraphs(
+            config.precision,
+            self.model,
+            self.optimizer,
+            ctx,
+            micro_batch_size=config.training.micro_batch_size,
+            seq_length=config.model.seq_length,
+            global_batch_size=config.training.global_batch_size,
+        )
         from_rank_zero(self._write_config)
         logger.info("start-up took %.1f s", time.perf_counter() - started)
         return datasets
@@ -196,18 +206,18 @@ class Trainer:
         """The meter of the run's speed; says what model it measures."""
         config, ctx = self.config, self.ctx
         vocab_size = config.model.vocab_size or 0
-        peak = peak_tflops(ctx.device, config.precision.recipe, config.logging.peak_tflops)
+        peak = device_peak(ctx.device, config.precision.recipe, config.logging.peak_tflops)
         logger.info(
-            "model %s: %s parameters, %s, peak %s TFLOP/s a rank",
+            "model %s: %s parameters, %s, peak %s",
             config.model.family,
             f"{num_parameters(config.model, vocab_size):,}",
             config.precision.recipe,
-            f"{peak:.3g}" if peak else "unknown",
+            peak,
         )
         return Throughput(
             flops_per_token=flops_per_token(config.model, vocab_size),
             world_size=ctx.world_size,
-            peak_tflops=peak,
+            peak_tflops=peak.tflops,
         )
 
     def _write_config(self) -> None:
@@ -239,6 +249,7 @@ class Trainer:
 
     def _step(self, feed: BatchFeed, stop: StopRequest) -> str | None:
         """One optimizer step and its record; returns why the run is to end, if it is."""
+        self.graphs.before_step()
         lr = learning_rate(self.optimizer)
         seq_length = self.config.model.seq_length
         started = time.perf_counter()

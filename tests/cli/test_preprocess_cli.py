@@ -100,7 +100,14 @@ def test_bad_content(tmp_path, capsys, content, words):
         (["--edit-strategy", "up_revise"], ["prior", "missing"]),
         (["--edit-strategy", "up_revise", "--prior", "nowhere"], ["nowhere", "no such folder"]),
         (["--edit-threshold", "1.5"], ["edit_threshold"]),
-        (["--prior-dtype", "fp8"], ["prior_dtype=fp8", "not available yet"]),
+        (
+            ["--edit-strategy", "up_revise", "--prior-dtype", "fp8", "--prior-device", "cpu"],
+            ["prior: missing", "prior_dtype=fp8: needs a GPU, and prior_device is cpu"],
+        ),
+        (
+            ["--edit-strategy", "filtering", "--prior", "x", "--prior-dtype", "mxfp8", "--prior-backend=hf"],
+            ["prior_dtype=mxfp8: is for Megatron checkpoints, and prior_backend is hf"],
+        ),
         (["--edit-generations", "3"], ["edit_strategy none edits nothing"]),
         (["--edit-top-p", "0"], ["edit_top_p"]),
         (["--edit-config", "nowhere.yaml"], ["edit_strategy: edit_config=nowhere.yaml takes its place"]),
@@ -140,6 +147,14 @@ def test_a_context_the_prior_cannot_take(corpus, capsys, tmp_path):
         arguments(corpus, *flags, "--prior-context", 4096, strategy="up_revise"),
         "context of 4096 tokens",
     )
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_precision_the_prior_is_not_scored_in(corpus, capsys, tmp_path, flags):
+    prior = write_hf_llama(tmp_path / "prior", vocab_size=340)
+    argv = arguments(corpus, "--prior", prior, "--prior-dtype", "fp8", *flags, strategy="up_revise")
+    assert main(argv) == 1
+    assert "prior_dtype=fp8: the Hugging Face prior" in capsys.readouterr().err
 
 
 def test_dry_run(corpus, capsys, tmp_path):

@@ -73,6 +73,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         [],
         ["--config"],
         ["--config", TINY, "--dry-run", "--prepare"],
+        ["--config", TINY, "--for-gpu", "h100"],
         ["--config", TINY, "--dry-run", "--world-size", "-4"],
         ["--config", TINY, "--world-size", "2"],
     ],
@@ -106,6 +107,39 @@ def test_dry_run_changes_nothing_and_says_it_all(tmp_path: Path, capsys: pytest.
     assert "to be made first" in shown
     assert "no problems found" in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_fp8_is_refused_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run shows everything and what the machine lacks; a start says that with all other faults."""
+    fp8 = ("precision.recipe=fp8_tensorwise", "precision.cuda_graph_impl=local")
+    assert main(tiny(tmp_path, *fp8, "--dry-run")) == 1
+    shown = capsys.readouterr().out
+    assert "fp8_param_gather: true" in shown
+    assert "# machine\nno CUDA device" in shown
+    assert "# 2 problem(s)\n- precision.recipe: fp8_tensorwise needs a GPU of compute capability 8.9" in shown
+    assert "- precision.cuda_graph_impl: local needs a GPU" in shown
+    assert main(tiny(tmp_path, *fp8, "training.global_batch_size=7")) == 1
+    message = capsys.readouterr().err
+    assert "3 problems" in message
+    assert "training.global_batch_size: 7 is not a multiple" in message
+    assert "precision.recipe: fp8_tensorwise needs a GPU" in message
+    assert "[override 'precision.recipe=fp8_tensorwise']" in message
+    assert main(tiny(tmp_path, *fp8, "training.global_batch_size=7", "--dry-run")) == 1
+    assert "3 problems" in capsys.readouterr().err, (
+        "with other faults, a dry run says what the machine lacks too"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_for_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tiny(tmp_path, "precision.recipe=fp8_tensorwise", "--dry-run", "--for-gpu", "h100")) == 0
+    shown = capsys.readouterr().out
+    assert "assumed, not this machine: NVIDIA H100 (compute capability 9.0), CUDA 13.0" in shown
+    assert "no problems found" in shown
+    assert main(tiny(tmp_path, "precision.recipe=fp8_tensorwise", "--dry-run", "--for-gpu", "a100")) == 1
+    assert (
+        "fp8_tensorwise needs compute capability 8.9, and the NVIDIA A100 has 8.0" in capsys.readouterr().out
+    )
 
 
 def test_dry_run_reports_every_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

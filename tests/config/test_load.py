@@ -83,7 +83,7 @@ def test_values_and_overrides(good: Path) -> None:
         (["optimizer.lr=.inf"], "optimizer.lr: got inf (a number), expected a finite number"),
         (["run_dir=''"], "run_dir: got '' (text)"),
         (["optimizer=null"], "optimizer: got nothing (null), expected a mapping of fields"),
-        (["precision.recipe=fp7"], "precision.recipe: got 'fp7' (text), expected 'fp32' or 'bf16'"),
+        (["precision.recipe=fp7"], "precision.recipe: got 'fp7' (text), expected 'fp32', 'bf16', 'fp8_tensorwise', 'fp8_delayed', 'fp8_blockwise' or 'mxfp8'"),
         (["data.train=[]"], "data.train: got [] (a list), expected"),
         (["data.train.2.weight=1"], "data.train is a list, expected an index from 0 to 1, got 2"),
         (["data.train.a.weight=1"], "data.train is a list, expected an index from 0 to 1, got 'a'"),

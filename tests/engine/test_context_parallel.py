@@ -74,11 +74,12 @@ def unpinned_torch():
 def split_steps(folder, model, layout):
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_tokedit.engine import attention, initialize
+    from megatron_tokedit.engine import attention, initialize, preflight
 
     with (
         mock.patch.object(rope_utils, "torch", unpinned_torch()),
         mock.patch.object(initialize, "_check_context_parallel"),
+        mock.patch.object(preflight, "refuse_faults"),
         mock.patch.object(attention, "SdpaCoreAttention", gathering_attention()),
     ):
         return engine_cases.load_and_train(folder, model, 2, **layout)

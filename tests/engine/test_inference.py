@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import math
+
 import engine_cases
 import pytest
+import torch
 
-from megatron_tokedit.errors import CheckpointError
+from megatron_tokedit.config.recipes import RECIPES
+from megatron_tokedit.config.sections import PrecisionConfig
+from megatron_tokedit.engine.inference import fill_up, scoring_precision
+from megatron_tokedit.errors import CheckpointError, ConfigError
 from megatron_tokedit.testing.models import tiny_gpt2, tiny_llama, tiny_model
 
 MODELS = {
@@ -97,6 +103,79 @@ def refused(folder):
 def test_folder_without_checkpoint(ranks, tmp_path):
     (message,) = ranks.run(refused, tmp_path, world_size=1)
     assert "has no complete checkpoint" in message
+
+
+FP8 = [recipe for recipe in RECIPES.values() if recipe.is_fp8]
+
+
+@pytest.mark.parametrize("multiple", sorted({recipe.token_multiple for recipe in FP8} | {1, 16}))
+@pytest.mark.parametrize("max_positions", [7, 32, 1000])
+def test_filled_up_inputs_have_the_tokens_that_a_product_takes(multiple, max_positions):
+    for rows in (1, 2, 3, 5, 16):
+        for length in (1, 2, 7, 15, 31, 32, 100):
+            if length > max_positions:
+                continue
+            ids = torch.arange(rows * length).reshape(rows, length)
+            filled = fill_up(ids, multiple, max_positions)
+            assert filled.numel() % multiple == 0
+            assert filled.size(1) <= max_positions
+            assert torch.equal(filled[:rows, :length], ids)
+            assert (filled[:, length:] == filled[:, length - 1 : length]).all()
+            assert (filled[rows:] == filled[:1]).all()
+            by_rows = length * math.ceil(rows / (step := multiple // math.gcd(length, multiple))) * step
+            assert filled.numel() <= by_rows
+            assert (filled.numel() == rows * length) == (rows * length % multiple == 0)
+
+
+def hidden_states_filled_up(folder):
+    """Largest difference between hidden states of filled-up inputs, of many sizes, and of plain ones."""
+    from megatron_tokedit.engine.inference import load_language_model
+
+    lm = load_language_model(folder, device="cpu")
+    own, forward = lm.precision, lm._gpt.forward
+    sizes, worst = [], 0.0
+
+    def watched(ids, *args):
+        sizes.append(tuple(ids.shape))
+        return forward(ids, *args)
+
+    lm._gpt.forward = watched
+    for shape in ((1, 1), (3, 7), (2, 31), (5, 32), (1, 32)):
+        ids = torch.randint(0, lm.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        lm.precision = own
+        want = lm.hidden_states(ids)
+        assert sizes.pop() == shape
+        for recipe in FP8:
+            lm.precision = PrecisionConfig(recipe=recipe.name)
+            got = lm.hidden_states(ids)
+            assert got.shape == want.shape
+            worst = max(worst, (got - want).abs().max().item())
+            assert math.prod(sizes.pop()) % recipe.token_multiple == 0
+    return worst
+
+
+def test_what_is_filled_up_leaves_no_trace(ranks, tmp_path):
+    ranks.run(engine_cases.train_and_save, tmp_path, tiny_gpt2(), 1, world_size=1)
+    (worst,) = ranks.run(hidden_states_filled_up, tmp_path, world_size=1)
+    assert worst < 1e-5
+
+
+def test_what_a_checkpoint_is_scored_in():
+    recorded = PrecisionConfig(
+        recipe="fp8_tensorwise",
+        num_layers_at_start_in_bf16=1,
+        cross_entropy_loss_fusion=True,
+        cuda_graph_impl="local",
+    )
+    for asked in (None, "fp8_tensorwise"):
+        found = scoring_precision(recorded, asked)
+        assert (found.recipe, found.num_layers_at_start_in_bf16) == ("fp8_tensorwise", 1)
+        assert (found.cuda_graph_impl, found.cross_entropy_loss_fusion) == ("none", None)
+    assert scoring_precision(recorded, "fp8_blockwise") == PrecisionConfig(recipe="fp8_blockwise")
+    assert scoring_precision(recorded, PrecisionConfig(recipe="fp32")).recipe == "fp32"
+    with pytest.raises(ConfigError, match="fp8_delayed scales by what was computed before"):
+        scoring_precision(PrecisionConfig(recipe="fp8_delayed"), None)
+    assert scoring_precision(PrecisionConfig(recipe="fp8_delayed"), "bf16").recipe == "bf16"
 
 
 def matrix_parameters(folder):

@@ -11,7 +11,7 @@ import pytest
 from megatron_tokedit.config.training import CheckpointConfig
 from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import CheckpointError
-from megatron_tokedit.testing.models import tiny_llama
+from megatron_tokedit.testing.models import tiny_llama, tiny_model
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
@@ -42,9 +42,16 @@ def five_and_five(folder, model, layout, *, shared, in_background):
     return results + second.steps(5)
 
 
-LAYOUTS = [({}, 1), ({}, 2), ({"pp": 2}, 2), ({"distributed": False, "recipe": "bf16"}, 2)]
+CHUNKS = {"pp": 2, "layout": {"virtual_pipeline_model_parallel_size": 2}}
+LAYOUTS = [({}, 1), ({}, 2), ({"pp": 2}, 2), ({"distributed": False, "recipe": "bf16"}, 2), (CHUNKS, 2)]
 WAYS = [(True, False), (True, True), (False, True)]
-QUICK = {(0, (False, True)), (1, (True, True)), (2, (True, True)), (3, (True, False))}
+QUICK = {
+    (0, (False, True)),
+    (1, (True, True)),
+    (2, (True, True)),
+    (3, (True, False)),
+    (4, (False, True)),
+}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,13 @@ def test_five_and_five_steps_are_ten(ranks, tmp_path, layout, world_size, shared
         in_background=in_background,
         world_size=world_size,
     )
+    assert resumed == straight
+
+
+def test_experts_are_saved_in_the_background_and_loaded_by_shared_reading(ranks, tmp_path):
+    model, layout = tiny_model("mixtral"), {"layout": {"expert_model_parallel_size": 2}}
+    straight = ranks.run(engine_cases.train_straight, model, 10, world_size=2, **layout)
+    resumed = ranks.run(five_and_five, tmp_path, model, layout, shared=True, in_background=True, world_size=2)
     assert resumed == straight
 
 

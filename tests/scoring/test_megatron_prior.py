@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_tokedit.engine import inference, preflight
 from megatron_tokedit.errors import ConfigError, PriorError
-from megatron_tokedit.scoring.load import identify_prior, load_scorer
+from megatron_tokedit.scoring.load import check_dtype, identify_prior, load_scorer
 from megatron_tokedit.testing.models import tiny_llama
 
 sys.path += [str(Path(__file__).resolve().parents[1] / "engine"), str(Path(__file__).resolve().parent)]
@@ -48,6 +50,7 @@ def run_contract(folder):
     import contract
     import torch
 
+    from megatron_tokedit.config.sections import PrecisionConfig
     from megatron_tokedit.engine.inference import load_language_model
     from megatron_tokedit.scoring.load import load_scorer
     from megatron_tokedit.scoring.scorer import CausalScorer
@@ -64,7 +67,9 @@ def run_contract(folder):
         hidden = model.hidden_states(torch.tensor([ids]))[0]
         return (hidden @ model.output_weight[: model.vocab_size].T).float().log_softmax(-1).numpy()
 
-    for deferred in (False, True):
+    own = backbone._model.precision
+    for deferred, recipe in ((False, None), (True, None), (True, "mxfp8")):  # mxfp8: inputs are filled up
+        backbone._model.precision = PrecisionConfig(recipe=recipe) if recipe else own
 
         def make(options, deferred=deferred):
             return CausalScorer(backbone, options, deferred=deferred)
@@ -82,6 +87,64 @@ def test_a_checkpoint_keeps_the_contract(ranks, tmp_path):
     assert names == [check.__name__ for check in contract.CHECKS]
     with pytest.raises(ConfigError, match=r"prior_dtype=float16.*float32 or bfloat16"):
         load_scorer(identify_prior(str(tmp_path)), contract.options(), dtype="float16", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def run_folder(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    ranks.run(save_checkpoint, folder, tiny_llama(), world_size=2)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_blockwise", "mxfp8"])
+def test_fp8_on_a_machine_without_a_gpu_is_refused(run_folder, dtype):
+    import contract
+
+    identity = identify_prior(str(run_folder))
+    for refused in (
+        lambda: check_dtype(identity, dtype),
+        lambda: load_scorer(identity, contract.options(), dtype=dtype, device="cpu"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            refused()
+        assert f"prior_dtype={dtype}: " in str(error.value)
+        assert "no CUDA device" in str(error.value)
+        assert "prior_dtype bfloat16" in str(error.value)
+    check_dtype(identity, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "words"),
+    [
+        ("h100", "fp8", None),
+        ("h100", "fp8_blockwise", None),
+        ("h100", "mxfp8", "compute capability 10.0"),
+        ("a100", "fp8", "compute capability 8.9"),
+        ("b200", "mxfp8", None),
+    ],
+)
+def test_fp8_where_the_machine_has_it(run_folder, monkeypatch, gpu, dtype, words):
+    monkeypatch.setattr(preflight, "probe", lambda: preflight.assumed(gpu))
+    identity = identify_prior(str(run_folder))
+    if words is None:
+        check_dtype(identity, dtype)
+    else:
+        with pytest.raises(ConfigError, match=f"prior_dtype={dtype}: .*{words}"):
+            check_dtype(identity, dtype)
+
+
+def test_sizes_that_fp8_products_do_not_take_are_refused(run_folder, monkeypatch):
+    monkeypatch.setattr(preflight, "probe", lambda: preflight.assumed("h100"))
+    (path,) = run_folder.glob("checkpoints/step_*/run_config.json")
+    content = path.read_bytes()
+    changed = re.sub(rb'("ffn_hidden_size":\s*)64', rb"\g<1>72", content)  # of the same size: still complete
+    assert changed != content
+    path.write_bytes(changed)
+    try:
+        assert any("72" in fault for fault in inference.scoring_faults(path.parent, "fp8_tensorwise"))
+        assert inference.scoring_faults(path.parent, "bf16") == []
+    finally:
+        path.write_bytes(content)
 
 
 def test_a_checkpoint_is_a_prior(ranks, tmp_path):

@@ -13,7 +13,7 @@ from megatron_tokedit.errors import ConfigError, PriorError
 from megatron_tokedit.scoring import identity as identity_module
 from megatron_tokedit.scoring.base import CandidateRequest
 from megatron_tokedit.scoring.identity import PriorFiles
-from megatron_tokedit.scoring.load import identify_prior, load_scorer
+from megatron_tokedit.scoring.load import check_dtype, identify_prior, load_scorer
 from megatron_tokedit.scoring.packed import PackedLinear
 from megatron_tokedit.scoring.scorer import ScoringOptions
 from megatron_tokedit.testing.models import write_hf_gpt2, write_hf_llama
@@ -196,6 +196,16 @@ def test_missing_weights_are_refused(folders, tmp_path):
     )
     with pytest.raises(PriorError, match="missing from the folder"):
         load_scorer(identify_prior(str(folder)), OPTIONS)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_blockwise", "mxfp8"])
+def test_fp8_is_not_for_hugging_face_priors(folders, dtype):
+    identity = identify_prior(str(folders / "llama"))
+    words = f"prior_dtype={dtype}: the Hugging Face prior .*llama is scored in .*bfloat16"
+    with pytest.raises(ConfigError, match=words):
+        check_dtype(identity, dtype)
+    with pytest.raises(ConfigError, match=words):
+        load_scorer(identity, OPTIONS, dtype=dtype)
 
 
 def test_context_beyond_the_model_is_refused(folders):

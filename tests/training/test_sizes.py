@@ -14,7 +14,7 @@ from megatron_tokedit.config.record import resolve
 from megatron_tokedit.engine.model import num_parameters
 from megatron_tokedit.training.estimate import GIB, estimate_memory
 from megatron_tokedit.training.metrics import MetricsWriter, duration, read_metrics, step_line
-from megatron_tokedit.training.throughput import Rates, Throughput, peak_tflops
+from megatron_tokedit.training.throughput import Rates, Throughput, device_peak, peak_tflops
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -58,6 +58,60 @@ def test_peak_rate() -> None:
     measured = peak_tflops(cpu, "fp32", None)
     assert measured is not None
     assert 0.0005 < measured < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "peak", "source"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.0, "data sheet of H100, bf16"),
+        ("NVIDIA H100 80GB HBM3", "fp8_tensorwise", 1978.0, "data sheet of H100, 2 x bf16"),
+        ("NVIDIA H100 PCIe", "fp8_delayed", 1512.0, "data sheet of H100 PCIe, 2 x bf16"),
+        ("NVIDIA GH200 480GB", "bf16", 989.0, "data sheet of GH200, bf16"),
+        ("NVIDIA B200", "mxfp8", 4500.0, "data sheet of B200, 2 x bf16"),
+        ("NVIDIA L40S", "fp8_tensorwise", 724.0, "data sheet of L40S, 2 x bf16"),
+        ("NVIDIA A100-SXM4-80GB", "fp32", None, "no peak is known for float32"),
+        ("Some GPU", "bf16", None, "Some GPU is not in the table; set logging.peak_tflops"),
+    ],
+)
+def test_peak_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, name: str, recipe: str, peak: float | None, source: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = device_peak(torch.device("cuda"), recipe, None)
+    assert (found.tflops, found.source) == (peak, source)
+    assert str(found).startswith(f"{peak:.4g} TFLOP/s a rank (data" if peak else "unknown (")
+    assert device_peak(torch.device("cuda"), recipe, 3.0).tflops == 3.0
+
+
+def test_memory_of_fp8_weights() -> None:
+    """By hand: a byte a weight as it is and one transposed, instead of the two of bfloat16 or beside them."""
+
+    def parameters(*overrides: str) -> float:
+        path = EXAMPLES / "llama3_8b.yaml"
+        config = resolve(load_config(path, list(overrides)), vocab_size=1)
+        return estimate_memory(config, data_parallel_size=1).parameters
+
+    layer = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 14336  # qkv, projection, gated MLP
+    bf16 = parameters("precision.recipe=bf16")
+    assert parameters("precision.recipe=fp8_tensorwise") == bf16
+    delayed = parameters("precision.recipe=fp8_delayed")
+    assert delayed - bf16 == 32 * layer / 8 * 2
+    two_in_bf16 = ("precision.num_layers_at_start_in_bf16=1", "precision.num_layers_at_end_in_bf16=1")
+    blockwise = parameters("precision.recipe=fp8_blockwise", *two_in_bf16)
+    assert blockwise - bf16 == 30 * layer / 8 * 2
+
+
+def test_memory_of_the_fused_loss() -> None:
+    """In place in bfloat16, against a float32 copy of the logits beside them."""
+
+    def logits(*overrides: str) -> float:
+        config = resolve(load_config(EXAMPLES / "llama3_8b.yaml", list(overrides)), vocab_size=1)
+        return estimate_memory(config, data_parallel_size=1).logits
+
+    values = 8192 * 128256 / 8
+    assert logits("precision.recipe=bf16") == values * (2 + 4)
+    assert logits("precision.recipe=fp8_tensorwise") == values * 2
+    assert logits("precision.recipe=bf16", "precision.cross_entropy_loss_fusion=true") == values * 2
 
 
 def test_step_line() -> None:

@@ -207,6 +207,38 @@ def test_ids_beyond_the_vocabulary_are_refused(ranks: RankPool, tmp_path: Path) 
         ranks.run(train_on_rank, config, (), SPEC | {"vocab_size": 50}, world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "notes"),
+    [
+        ("bf16", "fp8_tensorwise", ["precision.recipe: recorded bf16, now fp8_tensorwise"]),
+        ("fp8_delayed", "bf16", ["precision.recipe: recorded fp8_delayed, now bf16"]),
+        ("fp8_delayed", "fp8_blockwise", ["precision.recipe: recorded fp8_delayed, now fp8_blockwise"]),
+        ("fp8_delayed", "fp8_delayed", []),
+        ("fp32", "fp8_tensorwise", None),
+        ("mxfp8", "fp32", None),
+    ],
+)
+def test_precision_on_resume(old: str, new: str, notes: list[str] | None) -> None:
+    """Between bfloat16 and FP8 a run may go any way; float32 is another optimizer."""
+    from megatron_tokedit.errors import CheckpointError
+    from megatron_tokedit.training.resume import check_continuable, check_resumable
+
+    def config(recipe: str, optimizer: str = "kept") -> dict[str, Any]:
+        init_from = {"checkpoint": "x", "optimizer": optimizer}
+        return {"model": {}, "precision": {"recipe": recipe}, "data": {}, "init_from": init_from}
+
+    tokenizer = {"recorded_tokenizer": SPEC, "tokenizer": SPEC}
+    for check in (check_resumable, check_continuable):
+        if notes is None:
+            with pytest.raises(CheckpointError, match=f"precision.recipe: recorded {old}, now {new}"):
+                check("x", recorded_config=config(old), config=config(new), **tokenizer)
+        else:
+            assert check("x", recorded_config=config(old), config=config(new), **tokenizer) == notes
+    fresh = config(new, "fresh")
+    said = check_continuable("x", recorded_config=config(old), config=fresh, **tokenizer)
+    assert said == ([f"precision.recipe: recorded {old}, now {new}"] if old != new else [])
+
+
 def test_changed_data_on_resume_is_reported(
     ranks: RankPool, straight: tuple[Path, Any], tmp_path: Path
 ) -> None:
