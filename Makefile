@@ -1,5 +1,6 @@
 # Everything a person needs; `make help` lists the targets.
-# Variables: PYTHON (an interpreter >= 3.11), INPUT (quickstart on your own jsonl/txt), OUT (its folder), PYTEST_ARGS.
+# Variables: PYTHON (an interpreter >= 3.11), INPUT (quickstart on your own jsonl/txt), OUT (its folder),
+# PYTEST_ARGS, BENCH_ARGS (of benchmarks/run_all.py).
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...) choose where packages come from.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -9,6 +10,9 @@ STAMP := $(VENV)/.installed
 OUT ?= runs/quickstart
 INPUT ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+# Files of tests side by side; a file's own tests share what they prepared, so they stay together.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test stress lint format bench clean
@@ -29,7 +33,7 @@ quickstart: $(STAMP)  ## edit a real corpus with a prior trained on the spot, tr
 	$(BIN)/python examples/quickstart/run.py --output-dir $(OUT) $(if $(INPUT),--input $(INPUT))
 
 test: $(STAMP)  ## run the test suite (no GPU, no network)
-	$(BIN)/python -m pytest -m "not stress" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not stress" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 stress: $(STAMP)  ## run the long tests too
 	$(BIN)/python -m pytest --timeout 3600 $(PYTEST_ARGS)
@@ -43,8 +47,8 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## run the CPU benchmarks and print ratios against their baselines
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(STAMP)  ## run the CPU benchmarks (ten minutes) and print ratios against their baselines
+	$(BIN)/python benchmarks/run_all.py $(BENCH_ARGS)
 
 clean:  ## remove caches and build products (not runs/, not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

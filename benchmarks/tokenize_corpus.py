@@ -20,12 +20,12 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -39,51 +39,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import orjson
 import psutil
+from corpus import VOCAB_SIZE, gather, train_tokenizer, write_jsonl
+from measuring import GB, MB, Report, copy_bytes_per_second, net_rate, parser, write_file
 
-DOCUMENT_CHARACTERS = 2000
 GROUP_CHARACTERS = 512 << 10
-VOCAB_SIZE = 32000
-MB, GB = 1e6, 1e9
-
-
-def documents_of(path: Path) -> Iterator[str]:
-    """Documents of a file: each string of a JSON record, each source file, or lines put together."""
-    text = path.read_text(encoding="utf-8", errors="ignore")
-    if path.suffix in (".jsonl", ".ndjson"):
-        for line in text.splitlines():
-            yield from (value for value in orjson.loads(line).values() if isinstance(value, str))
-        return
-    if path.suffix == ".py":
-        yield text
-        return
-    lines, size = list[str](), 0
-    for line in text.splitlines(keepends=True):
-        lines.append(line)
-        size += len(line)
-        if size >= DOCUMENT_CHARACTERS:
-            yield "".join(lines)
-            lines, size = [], 0
-    yield "".join(lines)
-
-
-def gather(args: argparse.Namespace) -> list[str]:
-    """Up to ``--megabytes`` of documents of which none occurs twice."""
-    folders = sysconfig.get_paths()
-    files = args.text or sorted(Path(folders["purelib"]).rglob("*.py")) + sorted(
-        Path(folders["stdlib"]).glob("*.py")
-    )
-    seen, documents, size = set[bytes](), list[str](), 0
-    for path in files:
-        for document in documents_of(Path(path)):
-            digest = hashlib.sha256(document.encode()).digest()
-            if not document.strip() or digest in seen:
-                continue
-            seen.add(digest)
-            documents.append(document)
-            size += len(document)
-            if size >= args.megabytes * MB:
-                return documents
-    return documents
 
 
 def groups_of(documents: list[str]) -> Iterator[list[str]]:
@@ -130,7 +89,7 @@ def encoders(tokenizer_path: str) -> dict[str, Callable[[list[str]], list[Any]]]
     return contestants
 
 
-def time_encoders(args: argparse.Namespace, documents: list[str]) -> float:
+def time_encoders(report: Report, args: argparse.Namespace, documents: list[str]) -> float:
     """Print the table of encoding alone; returns the library's tokens/s."""
     contestants = encoders(args.tokenizer)
     seconds = dict.fromkeys(contestants, 0.0)
@@ -145,10 +104,13 @@ def time_encoders(args: argparse.Namespace, documents: list[str]) -> float:
         tokens += sum(map(len, first))
         assert all(all(map(np.array_equal, first, other)) for other in ids.values()), "ids differ"
     base = tokens / seconds["library alone"]
-    print(f"{'encoding alone, one core':36}{'M tokens/s':>12}{'MB/s':>8}{'of library':>12}")
-    for name, spent in seconds.items():
-        rate = tokens / spent
-        print(f"{name:36}{rate / 1e6:12.3f}{num_bytes / spent / MB:8.1f}{rate / base:12.2f}")
+    rows = [
+        (name, tokens / spent / 1e6, num_bytes / spent / MB, tokens / spent / base)
+        for name, spent in seconds.items()
+    ]
+    report.table("encoding alone, one core", ("M tokens/s", "MB/s", "of library"), rows)
+    for name, _, _, share in rows[1:]:
+        report.ratio(f"encoding: {name} / library alone", share, "rate")
     return base
 
 
@@ -252,7 +214,7 @@ def time_jobs(args: argparse.Namespace, documents: list[str], work: Path) -> Res
     """Run the whole jobs, taking turns: contestant -> "part" and "all" of the text -> runs."""
     inputs = {"part": work / "part.jsonl", "all": work / "all.jsonl"}
     for name, texts in (("part", documents[::10]), ("all", documents)):
-        inputs[name].write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
+        write_jsonl(texts, inputs[name])
     hidden, plain = hide_gigatoken(work / "hidden"), dict(os.environ)
     contestants = {f"Megatron-LM's loop, {n} workers": ("megatron", n, hidden) for n in args.workers}
     contestants |= {f"pipeline, {n} workers": ("ours", n, hidden) for n in args.workers}
@@ -269,95 +231,71 @@ def time_jobs(args: argparse.Namespace, documents: list[str], work: Path) -> Res
     return results
 
 
-def print_jobs(results: Results, base: float, itemsize: int) -> int:
+def report_jobs(report: Report, results: Results, base: float, itemsize: int) -> int:
     """Print the table of whole jobs; returns the number of tokens of the text."""
-    print(
-        f"\n{'whole jobs':36}{'M tokens/s':>12}{'net':>8}{'of library':>12}{'a worker':>10}{'start s':>9}"
-        f"{'peak MB 0.1x':>14}{'1x':>6}"
-    )
+    rows, nets, tokens = [], {}, {}
     for name, sizes in results.items():
         seconds = {size: statistics.median(r["seconds"] for r in runs) for size, runs in sizes.items()}
         peaks = {size: max(r["peak_bytes"] for r in runs) for size, runs in sizes.items()}
         tokens = {size: runs[0]["bytes"] / itemsize for size, runs in sizes.items()}
         workers = int(name.split()[-2])
-        more = seconds["all"] - seconds["part"]
-        net = (tokens["all"] - tokens["part"]) / more if more > 0.5 else float("nan")  # too short to tell
-        print(
-            f"{name:36}{tokens['all'] / seconds['all'] / 1e6:12.3f}{net / 1e6:8.3f}{net / base:12.2f}"
-            f"{net / base / workers:10.2f}{seconds['all'] - tokens['all'] / net:9.1f}"
-            f"{peaks['part'] / MB:14.0f}{peaks['all'] / MB:6.0f}"
+        nets[name] = net_rate((tokens["part"], seconds["part"]), (tokens["all"], seconds["all"]))
+        rows.append(
+            (
+                name,
+                tokens["all"] / seconds["all"] / 1e6,
+                nets[name] / 1e6,
+                nets[name] / base,
+                nets[name] / base / workers,
+                seconds["all"] - tokens["all"] / nets[name],
+                peaks["part"] / MB,
+                peaks["all"] / MB,
+            )
         )
+    heads = ("M tokens/s", "net", "of library", "a worker", "start s", "peak MB 0.1x", "1x")
+    report.table("whole jobs", heads, rows)
     sums = {run["sha256"] for sizes in results.values() for run in sizes["all"]}
-    print(f"ids written by all of them: {'the same bytes' if len(sums) == 1 else 'DIFFERENT'}")
+    report.say(f"ids written by all of them: {'the same bytes' if len(sums) == 1 else 'DIFFERENT'}")
+    whole = {row[0]: row[1] for row in rows}
+    for name, rate in nets.items():
+        baseline = f"Megatron-LM's loop, {name.split()[-2]} workers"
+        if name != baseline and baseline in nets:
+            report.ratio(f"{name} / Megatron-LM's loop", whole[name] / whole[baseline], "rate of whole jobs")
+            if not math.isnan(rate / nets[baseline]):
+                report.ratio(f"{name} / Megatron-LM's loop, net", rate / nets[baseline], "rate without start")
     return int(tokens["all"])
 
 
-def print_limits(tokens: int, num_bytes: int, work: Path) -> None:
+def report_limits(report: Report, tokens: int, num_bytes: int, work: Path) -> None:
     """What the machine allows around the tokenizer: parsing, copying, writing."""
-    source = work / "all.jsonl"
     start = time.perf_counter()
-    with source.open("rb") as lines:
+    with (work / "all.jsonl").open("rb") as lines:
         for line in lines:
             orjson.loads(line)
-    parsing = time.perf_counter() - start
+    report.limit("reading and parsing the lines", tokens / (time.perf_counter() - start) / 1e6, "M tokens/s")
+    report.limit("copying memory", copy_bytes_per_second() / GB, "GB/s")
     block = np.ones(64 << 20, np.uint8)
-    copies = []
-    for _ in range(5):
-        start = time.perf_counter()
-        block.copy()
-        copies.append(time.perf_counter() - start)
     start = time.perf_counter()
-    with (work / "written").open("wb") as file:
-        file.write(block)
-        os.fsync(file.fileno())
-    writing = time.perf_counter() - start
-    print(
-        f"\nlimits of this machine: reading and parsing the lines {tokens / parsing / 1e6:.0f} M tokens/s "
-        f"({num_bytes / parsing / MB:.0f} MB/s of text, {num_bytes / tokens:.2f} bytes a token); "
-        f"copying memory {block.nbytes / min(copies) / GB:.1f} GB/s; writing and syncing 2-byte ids "
-        f"{block.nbytes / writing / 2 / 1e6:.0f} M tokens/s"
-    )
+    write_file(work / "written", [memoryview(block)])
+    rate = block.nbytes / (time.perf_counter() - start) / 2 / 1e6
+    report.limit("writing and syncing 2-byte ids", rate, "M tokens/s")
+    report.say(f"{num_bytes / tokens:.2f} bytes a token")
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    made = parser(__doc__)
+    made.add_argument(
         "--tokenizer",
         help="a Hugging Face tokenizer's folder (GPT-2's for the reference)",
     )
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="txt, jsonl or py; default: Python sources")
-    parser.add_argument("--megabytes", type=float, default=30.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="only the whole jobs with this in their name")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def train_tokenizer(documents: list[str], folder: Path) -> str:
-    """A byte-level BPE of GPT-2's kind, for a machine that has none at hand."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    folder.mkdir()
-    bpe.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config))
-    return str(folder)
+    made.add_argument("--text", nargs="+", metavar="FILE", help="txt, jsonl or py; default: Python sources")
+    made.add_argument("--megabytes", type=float, default=30.0)
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--only", default="", help="only the whole jobs with this in their name")
+    made.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    made.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    return made.parse_args()
 
 
 def main() -> None:
@@ -369,19 +307,18 @@ def main() -> None:
     from megatron_tokedit.dataset import best_dtype
     from megatron_tokedit.tokenizers import load_tokenizer
 
-    documents = gather(args)
-    num_bytes = sum(len(document.encode()) for document in documents)
-    print(f"text: {num_bytes / GB:.4f} GB in {len(documents)} documents\n")
-    with tempfile.TemporaryDirectory() as folder:
+    with Report("tokenize_corpus", args.json) as report, tempfile.TemporaryDirectory() as name:
+        documents, folder = gather(args.text, args.megabytes), Path(name)
+        num_bytes = sum(len(document.encode()) for document in documents)
+        report.say(f"text: {num_bytes / GB:.4f} GB in {len(documents)} documents\n")
         if not args.tokenizer:
-            args.tokenizer = train_tokenizer(documents[::10], Path(folder) / "tokenizer")
-            print(f"tokenizer: a byte-level BPE of {VOCAB_SIZE} ids, trained on a tenth of the text\n")
-        base = time_encoders(args, documents[::10])
-        itemsize = np.dtype(
-            best_dtype(load_tokenizer("HuggingFaceTokenizer", args.tokenizer).vocab_size)
-        ).itemsize
-        tokens = print_jobs(time_jobs(args, documents, Path(folder)), base, itemsize)
-        print_limits(tokens, num_bytes, Path(folder))
+            args.tokenizer = train_tokenizer(documents[::10], folder / "tokenizer")
+            report.say(f"tokenizer: a byte-level BPE of {VOCAB_SIZE} ids, trained on a tenth of the text\n")
+        base = time_encoders(report, args, documents[::10])
+        dtype = best_dtype(load_tokenizer("HuggingFaceTokenizer", args.tokenizer).vocab_size)
+        results = time_jobs(args, documents, folder)
+        tokens = report_jobs(report, results, base, np.dtype(dtype).itemsize)
+        report_limits(report, tokens, num_bytes, folder)
 
 
 if __name__ == "__main__":

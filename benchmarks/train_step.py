@@ -1,267 +1,279 @@
-"""Our training step against a bare megatron-core loop and a Hugging Face Llama of the same shape, in one run.
+"""Our training step against a bare megatron-core loop and a Hugging Face model of the same shape, in one run.
 
     python benchmarks/train_step.py                 # bf16; 4 x 192 Llama, vocabulary 2048, sequence 512
-    python benchmarks/train_step.py --recipe fp32
+    python benchmarks/train_step.py --recipe bf16 fp32
     torchrun --nproc-per-node 2 benchmarks/train_step.py --tp 2      # ours against bare, tensor-parallel
     python benchmarks/train_step.py --only ours                      # one alone: its peak memory
+    python benchmarks/train_step.py --shape 1b --recipe bf16 fp8_tensorwise --micro-batch-size 2   # on a GPU
 
-The contestants take turns step by step, so that whatever else the machine does hits all of them; the table
-shows medians and the best step. "Bare" is megatron-core as it comes (its local layer spec with
-DotProductAttention, its cross entropy, torch's default AdamW, optimizer.step()) behind our CPU redirection.
-Hugging Face runs float32 weights under bf16 autocast (or plain float32) with SDPA attention and fused AdamW.
+On a CPU the contestants take turns step by step, so that whatever else the machine does hits all of them. On
+a GPU each has a process of its own, one after the other, which shows its memory and leaves it all to it. The
+table shows medians and the best step. "Bare" is megatron-core as it comes: on a CPU its local layer spec with
+DotProductAttention, its cross entropy, torch's default AdamW, optimizer.step(), behind our CPU redirection;
+on a GPU its Transformer Engine spec under the same TransformerConfig as ours. Hugging Face runs float32
+weights under bf16 autocast (or plain float32) with SDPA attention and fused AdamW.
+
+A shape that one GPU cannot hold with its optimizer gets fewer layers, and the first line says how many.
+MFU counts the model's own operations (causal half of the attention), against the peak that the line names:
+of the data sheet on a GPU, twice as high for FP8; on a CPU measured now. "Of bf16" is against bf16's peak.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import os
 import statistics
-import time
+import subprocess
+import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from measuring import Report, Seconds, in_turns, median_ratio, parser, product_flops, synchronize  # noqa: E402
+from shapes import SHAPES, Shape, layers_that_fit  # noqa: E402
+from training_loops import MAKERS, PLAIN_RECIPES, Job, Step  # noqa: E402
 
+from megatron_tokedit.config.model import ModelConfig  # noqa: E402
+from megatron_tokedit.config.recipes import RECIPES  # noqa: E402
 from megatron_tokedit.config.sections import (  # noqa: E402
-    ModelConfig,
+    DataConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
-    ScheduleConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainingConfig,
 )
-from megatron_tokedit.engine import cpu_device  # noqa: E402
 from megatron_tokedit.engine import model as engine_model  # noqa: E402
-from megatron_tokedit.engine.initialize import ParallelContext, initialize  # noqa: E402
-from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler  # noqa: E402
-from megatron_tokedit.engine.step import train_step  # noqa: E402
+from megatron_tokedit.engine.initialize import initialize  # noqa: E402
+from megatron_tokedit.errors import ConfigError  # noqa: E402
 from megatron_tokedit.scoring.resident import peak_resident_bytes  # noqa: E402
-from megatron_tokedit.testing.models import random_batches  # noqa: E402
+from megatron_tokedit.training.estimate import estimate_memory  # noqa: E402
 from megatron_tokedit.training.throughput import peak_tflops  # noqa: E402
 
-Step = Callable[[], float]
+NAMES = {"ours": "ours", "bare": "bare megatron-core", "hf": "Hugging Face"}
+ON_CPU = ("quickstart", "124m")
+USABLE_SHARE = 0.9
+"""Of a GPU's memory, what an estimate may come to."""
 
 
-def _batches(args: argparse.Namespace, ctx: ParallelContext) -> Iterator[Any]:
-    num = args.microbatches * ctx.dp_size
-    source = random_batches(
-        args.vocab_size,
-        num_microbatches=num,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        dp_rank=ctx.dp_rank,
-        dp_size=ctx.dp_size,
-    )
-    return itertools.cycle(list(itertools.islice(source, args.microbatches)))
+def needed_bytes(model: ModelConfig, vocab_size: int, args: argparse.Namespace) -> float:
+    """What the package's own estimate says of one rank."""
+    rows = args.micro_batch_size * args.microbatches
+    return estimate_memory(
+        RunConfig(
+            run_dir="unused",
+            tokenizer=TokenizerConfig(type="HuggingFaceTokenizer", model="unused"),
+            model=model.resolved(vocab_size),
+            precision=PrecisionConfig(recipe=args.recipe[0]),
+            optimizer=OptimizerConfig(lr=1e-3),
+            training=TrainingConfig(
+                train_steps=1, micro_batch_size=args.micro_batch_size, global_batch_size=rows
+            ),
+            data=DataConfig(train=[SourceConfig(name="unused", prefix="unused")]),
+        ),
+        data_parallel_size=1,
+    ).total
 
 
-def ours(
-    args: argparse.Namespace, model: ModelConfig, parallel: ParallelConfig, ctx: ParallelContext
-) -> Step:
-    """The package's own step."""
-    precision, optimizer_config = PrecisionConfig(recipe=args.recipe), OptimizerConfig(lr=1e-3)
-    chunks = engine_model.build_model(
-        model, precision, ctx, args.vocab_size, parallel=parallel, wrap_with_ddp=True
-    )
-    optimizer = build_optimizer(optimizer_config, precision, parallel, chunks, ctx)
-    scheduler = build_scheduler(optimizer_config, ScheduleConfig(), optimizer, train_steps=10_000)
-    batches = _batches(args, ctx)
-    shapes = {
-        "num_microbatches": args.microbatches,
-        "micro_batch_size": args.micro_batch_size,
+def chosen_shape(args: argparse.Namespace) -> Shape:
+    """The shape with what the command line changes of it, and no more layers than the GPU holds."""
+    shape = SHAPES[args.shape]
+    changes = {
+        "hidden_size": args.hidden_size,
+        "num_attention_heads": args.heads,
         "seq_length": args.seq_length,
     }
-    return lambda: train_step(chunks, optimizer, scheduler, batches, ctx, **shapes).loss
+    changes = {name: value for name, value in changes.items() if value is not None}
+    words = f"{shape.words} changed by {changes}" if changes else shape.words
+    vocab_size = args.vocab_size or shape.vocab_size
+    shape = Shape(shape.name, shape.model.model_copy(update=changes), vocab_size, words)
+    layers = args.layers
+    if layers is None and torch.cuda.is_available():
+        usable = USABLE_SHARE * torch.cuda.get_device_properties(0).total_memory
+        layers = layers_that_fit(shape, usable, lambda model: needed_bytes(model, vocab_size, args))
+        if not layers:
+            raise ConfigError(f"not one layer of {shape.words} fits in {usable / 1e9:.0f} GB")
+    return shape if layers is None else shape.with_layers(layers)
 
 
-def bare(
-    args: argparse.Namespace, model: ModelConfig, parallel: ParallelConfig, ctx: ParallelContext
-) -> Step:
-    """megatron-core's own example loop: GPTModel with the stock local spec, DDP, get_megatron_optimizer."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-    from megatron.core.optimizer import get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.module import Float16Module
+@dataclass(slots=True)
+class Found:
+    """What was measured: seconds and peak memory a contestant, and what could not be."""
 
-    precision = PrecisionConfig(recipe=args.recipe)
-    config = engine_model.transformer_config(model, precision, parallel, ctx.device)
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=engine_model.padded_vocab_size(args.vocab_size, 128, ctx.tp_size),
-        max_sequence_length=args.seq_length,
-        pre_process=ctx.is_first_stage,
-        post_process=ctx.is_last_stage,
-        position_embedding_type="rope",
+    seconds: Seconds
+    peak_bytes: dict[str, int]
+    refused: dict[str, str]
+
+
+def contestants_of(args: argparse.Namespace, world_size: int) -> list[tuple[str, str]]:
+    """(kind, recipe) of all that are to run."""
+    kinds = [args.only] if args.only else ["ours", "bare", "hf"][: 3 if world_size == 1 else 2]
+    return [
+        (kind, recipe)
+        for recipe in args.recipe
+        for kind in kinds
+        if args.only or kind != "hf" or recipe in PLAIN_RECIPES
+    ]
+
+
+def measure_here(job: Job) -> Found:
+    """All contestants in this process, taking turns."""
+    found = Found({}, {}, {})
+    before = peak_resident_bytes()
+    steps: dict[str, Step] = {}
+    for kind, recipe in contestants_of(job.args, job.ctx.world_size):
+        name = f"{NAMES[kind]}, {recipe}"
+        try:
+            steps[name] = MAKERS[kind](job, recipe)
+        except ConfigError as error:
+            found.refused[name] = str(error)
+    found.seconds = in_turns(
+        steps,
+        rounds=job.args.steps,
+        warmups=job.args.warmups,
+        finish=lambda: synchronize(job.ctx.device),
     )
-    gpt = Float16Module(config, gpt) if config.bf16 else gpt
-    (module,) = engine_model._wrap_with_ddp([gpt], config, precision, parallel, ctx)
-    fields = {"bf16": config.bf16, "params_dtype": config.params_dtype}
-    with cpu_device.cuda_type_names():
-        optimizer = get_megatron_optimizer(
-            CoreOptimizerConfig(lr=1e-3, weight_decay=0.1, use_distributed_optimizer=True, **fields),
-            [module],
-            use_gloo_process_groups=False,
-        )
-    batches = _batches(args, ctx)
-    causal = (torch.ones(args.seq_length, args.seq_length).tril() < 0.5)[None, None]
-
-    def forward(source: Iterator[Any], chunk: Any) -> Any:
-        batch = next(source)
-        output = chunk(batch["tokens"], batch["position_ids"], causal, labels=batch["labels"])
-
-        def loss_func(loss: torch.Tensor) -> Any:
-            total = (loss.float() * batch["loss_mask"]).sum()
-            count = batch["loss_mask"].sum().int()
-            return total, count, total.detach() / count
-
-        return output, loss_func
-
-    def step() -> float:
-        module.zero_grad_buffer()
-        optimizer.zero_grad()
-        losses = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=batches,
-            model=[module],
-            num_microbatches=args.microbatches,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=False,
-        )
-        with cpu_device.cuda_type_names():
-            optimizer.step()
-        return float(sum(losses)) / len(losses) if losses else 0.0
-
-    return step
+    if len(steps) == 1:
+        on_gpu = job.ctx.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes() - before
+        found.peak_bytes = dict.fromkeys(steps, peak)
+    return found
 
 
-def hugging_face(args: argparse.Namespace, model: ModelConfig, ctx: ParallelContext) -> Step:
-    """A Hugging Face Llama of the same shape in a plain torch loop."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def measure_apart(args: argparse.Namespace, shape: Shape) -> Found:
+    """Each contestant in a process of its own, one after the other."""
+    found = Found({}, {}, {})
+    for kind, recipe in contestants_of(args, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder) / "found.json"
+            command = [sys.executable, *sys.argv, "--layers", str(shape.model.num_layers), "--only", kind]
+            command += ["--json", str(answer), "--recipe", recipe]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                found.refused[f"{NAMES[kind]}, {recipe}"] = reason
+                continue
+            content = json.loads(answer.read_text())["found"]
+        for mine, theirs in ((found.seconds, content["seconds"]), (found.peak_bytes, content["peak_bytes"])):
+            mine.update(theirs)
+        found.refused.update(content["refused"])
+    return found
 
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        max_position_embeddings=args.seq_length,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    network = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
-    batches = _batches(args, ctx)
 
-    def step() -> float:
-        total = 0.0
-        optimizer.zero_grad()
-        for _ in range(args.microbatches):
-            batch = next(batches)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.recipe == "bf16"):
-                logits = network(batch["tokens"]).logits
-            nll = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none"
+def report_all(report: Report, found: Found, shape: Shape, num_tokens: int, world_size: int) -> None:
+    """Print the table, MFU and the ratios."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flops = engine_model.flops_per_token(shape.model, shape.vocab_size)
+    recipes = list(dict.fromkeys(name.rpartition(", ")[2] for name in found.seconds))
+    peaks = {
+        r: (peak_tflops(device, r, None) or float("nan")) * world_size * 1e12 for r in {*recipes, "bf16"}
+    }
+    rows = []
+    for name, values in found.seconds.items():
+        rate = num_tokens / statistics.median(values)
+        recipe = name.rpartition(", ")[2]
+        peak_memory = found.peak_bytes.get(name)
+        rows.append(
+            (
+                name,
+                rate / world_size,
+                num_tokens / min(values) / world_size,
+                rate * flops / 1e9 / world_size,
+                f"{rate * flops / peaks[recipe]:.1%}",
+                f"{rate * flops / peaks['bf16']:.1%}",
+                peak_memory / 1e6 if peak_memory else None,
             )
-            mask = batch["loss_mask"].flatten()
-            loss = (nll * mask).sum() / mask.sum() / args.microbatches
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        return total
-
-    return step
-
-
-def measure(contestants: dict[str, Step], num_steps: int) -> dict[str, list[float]]:
-    """Seconds of every step, the contestants taking turns; two steps of each come first, unmeasured."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for index in range(num_steps + 2):
-        for name, step in contestants.items():
-            start = time.perf_counter()
-            step()
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+        )
+    heads = ("tokens/s/rank", "best", "GFLOP/s/rank", "MFU", "of bf16", "peak MB")
+    report.table("training step", heads, rows)
+    for recipe in recipes:
+        mine = found.seconds.get(f"ours, {recipe}")
+        for kind in ("bare", "hf"):
+            theirs = found.seconds.get(f"{NAMES[kind]}, {recipe}")
+            if mine and theirs:
+                wanted = "rate; at least 0.98 on a GPU" if kind == "bare" else "rate"
+                report.ratio(f"ours / {NAMES[kind]}, {recipe}", median_ratio(theirs, mine), wanted)
+        base = found.seconds.get(f"ours, {recipes[0]}")
+        if mine and base and recipe != recipes[0]:
+            wanted = "rate; at least 1.25" if recipe.startswith("fp8") else "rate"
+            report.ratio(f"ours, {recipe} / {recipes[0]}", median_ratio(base, mine), wanted)
+        source = "data sheet" if device.type == "cuda" else "matrix products on all ranks, measured now"
+        report.limit(f"{recipe}, {source}", peaks[recipe] / 1e9, "GFLOP/s")
+    if device.type == "cuda":
+        dtype = "fp8" if any(RECIPES[recipe].is_fp8 for recipe in recipes) else "bfloat16"
+        report.limit(f"square matrix products, {dtype}", product_flops(device, dtype) / 1e9, "GFLOP/s")
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    made = parser(__doc__)
+    made.add_argument("--shape", choices=SHAPES, default="quickstart")
+    made.add_argument("--recipe", choices=RECIPES, nargs="+", default=["bf16"])
+    made.add_argument("--layers", type=int, help="default: the shape's, on a GPU as many as fit")
+    made.add_argument("--hidden-size", type=int)
+    made.add_argument("--heads", type=int)
+    made.add_argument("--vocab-size", type=int)
+    made.add_argument("--seq-length", type=int)
+    made.add_argument("--micro-batch-size", type=int, default=8)
+    made.add_argument("--microbatches", type=int, default=2)
+    made.add_argument("--steps", type=int, default=10)
+    made.add_argument("--warmups", type=int, default=2, help="steps that do not count")
+    made.add_argument("--tp", type=int, default=1)
+    made.add_argument("--pp", type=int, default=1)
+    made.add_argument("--threads", type=int, default=None)
+    made.add_argument("--only", choices=list(NAMES), help="one contestant alone: its memory")
+    return made.parse_args()
+
+
+def run(report: Report, args: argparse.Namespace) -> None:
+    """Measure and report."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and args.shape not in ON_CPU:
+        report.skip(f"training step, {args.shape}", "no CUDA device is usable here")
+        return
+    shape = chosen_shape(args)
+    apart = on_gpu and not args.only and "RANK" not in os.environ
+    if apart:
+        found, world_size, threads = measure_apart(args, shape), 1, 1
+        num_tokens = args.microbatches * args.micro_batch_size * shape.model.seq_length
+    else:
+        parallel = ParallelConfig(tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp)
+        job = Job(args, shape, parallel, initialize(parallel, seed=1, cpu_threads=args.threads))
+        found, num_tokens = measure_here(job), job.num_tokens
+        world_size, threads = job.ctx.world_size, torch.get_num_threads()
+    report.content["found"] = {
+        "seconds": found.seconds, "peak_bytes": found.peak_bytes, "refused": found.refused
+    }  # fmt: skip
+    num_parameters = engine_model.num_parameters(shape.model, shape.vocab_size)
+    report.say(
+        f"{shape.words}, {num_parameters / 1e6:.2f} M parameters, "
+        f"sequence {shape.model.seq_length}, {args.microbatches} x {args.micro_batch_size} rows, "
+        f"{world_size} rank(s)" + ("" if on_gpu else f" x {threads} thread(s)")
     )
-    parser.add_argument("--recipe", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--microbatches", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--only", choices=["ours", "bare", "hf"], help="memory of one contestant alone")
-    return parser.parse_args()
+    for name, reason in found.refused.items():
+        report.skip(name, reason)
+    if found.seconds:
+        report_all(report, found, shape, num_tokens, world_size)
+    if not apart:
+        job.ctx.destroy()
 
 
 def main() -> None:
     """Run the contestants and print the table on rank 0."""
     args = parse()
-    parallel = ParallelConfig(tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp)
-    ctx = initialize(parallel, seed=1, cpu_threads=args.threads)
-    model = ModelConfig(
-        num_layers=args.layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.heads,
-        seq_length=args.seq_length,
-    )
-    makers: dict[str, tuple[str, Callable[[], Step]]] = {
-        "ours": ("ours", lambda: ours(args, model, parallel, ctx)),
-        "bare": ("bare megatron-core", lambda: bare(args, model, parallel, ctx)),
-    }
-    if ctx.world_size == 1:
-        makers["hf"] = ("Hugging Face", lambda: hugging_face(args, model, ctx))
-    chosen = [args.only] if args.only else list(makers)
-    before = peak_resident_bytes()
-    contestants = {makers[key][0]: makers[key][1]() for key in chosen}
-    seconds = measure(contestants, args.steps)
-    limit = (peak_tflops(ctx.device, args.recipe, None) or float("nan")) * ctx.world_size * 1e3
-    if ctx.rank == 0:
-        tokens = args.microbatches * args.micro_batch_size * args.seq_length * ctx.dp_size
-        flops = engine_model.flops_per_token(model, args.vocab_size)
-        print(
-            f"{args.recipe}, {args.layers} x {args.hidden_size}, "
-            f"{engine_model.num_parameters(model, args.vocab_size) / 1e6:.2f} M parameters, "
-            f"sequence {args.seq_length}, {args.microbatches} x {args.micro_batch_size} rows, "
-            f"{ctx.world_size} rank(s) x {torch.get_num_threads()} thread(s)"
-        )
-        base = statistics.median(seconds.get("ours") or next(iter(seconds.values())))
-        print(f"{'':20}{'tokens/s':>10}{'best':>10}{'GFLOP/s':>10}{'ours / it':>12}")
-        for name, values in seconds.items():
-            median = statistics.median(values)
-            print(
-                f"{name:20}{tokens / median:10.0f}{tokens / min(values):10.0f}"
-                f"{tokens / median * flops / 1e9:10.1f}{median / base:11.2f}x"
-            )
-        share = tokens / base * flops / 1e9 / limit
-        if args.only:
-            grown = (peak_resident_bytes() - before) / 1e6
-            print(f"peak resident memory of rank 0: {before / 1e6:.0f} MB before, {grown:.0f} MB more after")
-        print(
-            f"limit: {limit:.0f} GFLOP/s in matrix products on all ranks, measured now; reached: {share:.0%}"
-        )
-    ctx.destroy()
+    with Report("train_step", args.json, is_quiet=os.environ.get("RANK", "0") != "0") as report:
+        try:
+            run(report, args)
+        except ConfigError as error:
+            report.skip(f"training step, {args.shape}", str(error))
 
 
 if __name__ == "__main__":
