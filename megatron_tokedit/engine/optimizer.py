@@ -1,7 +1,7 @@
 """AdamW and the learning-rate schedule, both megatron-core's.
 
 Invariant: nothing here computes an update or a learning rate of its own; it maps our sections to
-megatron-core's arguments and mends what 0.16.1 cannot do with torch's own AdamW.
+megatron-core's arguments and mends what 0.16.1 cannot do with torch's own AdamW or with padded buckets.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from megatron_tokedit.config.sections import (
     RunConfig,
     ScheduleConfig,
 )
-from megatron_tokedit.engine import cpu_device
+from megatron_tokedit.engine import cpu_device, preflight
 from megatron_tokedit.engine import precision as precision_recipes
 from megatron_tokedit.engine.initialize import ParallelContext
+from megatron_tokedit.engine.optimizer_buckets import place_gathered_state
+from megatron_tokedit.errors import ConfigError
 
 
 def build_optimizer(
@@ -31,7 +33,17 @@ def build_optimizer(
     model: list[Any],
     ctx: ParallelContext,
 ) -> Any:
-    """Build megatron-core's optimizer over ``model`` (wrapped in DDP). Collective over the world."""
+    """Build megatron-core's optimizer over ``model`` (wrapped in DDP). Collective over the world.
+
+    Raises:
+        ConfigError: a run on a CPU where megatron-core would take Transformer Engine's optimizer.
+    """
+    if ctx.device.type == "cpu" and preflight.probe().transformer_engine is not None:
+        raise ConfigError(
+            "runtime.device: this run is on a CPU, but Transformer Engine is installed, whose optimizer "
+            "megatron-core takes wherever it can be imported and which needs a GPU; train on a GPU, or in an "
+            "environment without it (made without the extra fp8)"
+        )
     from megatron.core.optimizer import OptimizerConfig as CoreConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -52,6 +64,8 @@ def build_optimizer(
     for part in built.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             _mend_torch_adamw(part)
+        if hasattr(part, "get_parameter_state_dp_zero"):  # the distributed optimizer
+            place_gathered_state(part)
     return built
 
 
