@@ -223,6 +223,10 @@ def _cuda_graphs(
         )
     if parallel.recompute_granularity == "full":
         yield Fault(path, f"{impl} graphs cannot hold layers under parallel.recompute_granularity: full")
+    if impl == "transformer_engine" and precision.compute_dtype != "bf16":
+        yield Fault(
+            path, f"{impl} graphs take bfloat16 layers only, not recipe {precision.recipe}; use local"
+        )
     if impl == "local" and (model.attention_dropout or model.hidden_dropout):
         yield Fault(
             path, "local graphs would keep dropout in validation; use transformer_engine, or no dropout"
@@ -232,6 +236,11 @@ def _cuda_graphs(
         yield Fault(
             path, "a recomputed core_attn with model.attention_dropout does not fit into a graph; drop one"
         )
+    recomputed = parallel.recompute_modules or ()
+    if model.hidden_dropout and (scope is None or "mlp" in scope) and {"mlp", "moe"} & set(recomputed):
+        yield Fault(path, "a recomputed mlp with model.hidden_dropout does not fit into a graph; drop one")
+    if impl == "transformer_engine" and "moe" in recomputed and "moe_router" in (scope or ()):
+        yield Fault(path, f"{impl} graphs of the moe_router do not go with a recomputed moe; drop one")
     if model.family_traits.has_experts:
         if scope is None or "mlp" in scope:
             yield Fault(

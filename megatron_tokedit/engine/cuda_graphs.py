@@ -55,6 +55,8 @@ class LayerGraphs:
             micro_batch_size=micro_batch_size,
             optimizers=[optimizer],
         )
+        if not precision.is_fp8:
+            add_every_gradient(model)
         self._steps_before = self._config.cuda_graph_warmup_steps
 
     def before_step(self) -> None:
@@ -76,6 +78,20 @@ class LayerGraphs:
         logger.info("CUDA graphs of the layers are captured")
 
 
+def add_every_gradient(model: list[Any]) -> None:
+    """Let Transformer Engine's linear layers add the weight gradient of every microbatch to the buffer.
+
+    In what they take for a step's first microbatch they write it over what is there. megatron-core tells them
+    which that is under FP8 only, and a capture lets all of them begin with the first: replayed for every
+    microbatch, its graph would leave nothing but the last one's gradient. A layer that caches nothing for the
+    microbatches behind the first (there is something to cache in FP8 only) is never told.
+    """
+    for chunk in model:
+        for module in chunk.modules():
+            if hasattr(module, "disable_parameter_transpose_cache"):
+                module.disable_parameter_transpose_cache = True
+
+
 def plain_states(states: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A random-number tracker's states as tensors, whatever it keeps them as."""
     from megatron.core.tensor_parallel.random import convert_cuda_rng_state
@@ -86,11 +102,14 @@ def plain_states(states: dict[str, Any]) -> dict[str, torch.Tensor]:
 def tracked_states(states: dict[str, torch.Tensor], present: dict[str, Any]) -> dict[str, Any]:
     """Saved states in the form that the tracker keeps now.
 
+    Generators are set to them, not replaced: those that were there are the ones that graphs are told of.
+
     Args:
         states: from :func:`plain_states`.
         present: the tracker's own states.
     """
-    from megatron.core.tensor_parallel.random import convert_cuda_rng_state
-
-    in_graphs = any(isinstance(state, torch.Generator) for state in present.values())
-    return {name: convert_cuda_rng_state(state, to_graphable=in_graphs) for name, state in states.items()}
+    tracked: dict[str, Any] = {}
+    for name, state in states.items():
+        kept = present.get(name)
+        tracked[name] = kept.set_state(state) if isinstance(kept, torch.Generator) else state
+    return tracked

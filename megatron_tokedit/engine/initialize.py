@@ -131,7 +131,8 @@ def seed_everything(seed: int, pp_rank: int, *, cuda_graphs: bool = False) -> No
     """Seed python, numpy, torch and megatron-core's tensor-parallel states.
 
     As in Megatron-LM: pipeline stages differ, tensor-parallel ranks differ inside tensor-parallel regions
-    only, and data-parallel ranks share their seed. ``cuda_graphs``: keep the states so that graphs hold them.
+    only, and data-parallel ranks share their seed. ``cuda_graphs``: keep the states so that graphs hold them;
+    Transformer Engine's attention takes no tracker but its own into a graph.
     """
     from megatron.core import tensor_parallel
 
@@ -140,7 +141,10 @@ def seed_everything(seed: int, pp_rank: int, *, cuda_graphs: bool = False) -> No
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(
-        seed, force_reset_rng=True, use_cudagraphable_rng=cuda_graphs
+        seed,
+        te_rng_tracker=cuda_graphs and preflight.probe().transformer_engine is not None,
+        force_reset_rng=True,
+        use_cudagraphable_rng=cuda_graphs,
     )
 
 

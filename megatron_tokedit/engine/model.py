@@ -260,7 +260,10 @@ def _wrap_with_ddp(
         for chunk, module in enumerate(modules)
     ]
     for chunk in wrapped:
-        fuse_weight_gradients(chunk)
+        if fuse_weight_gradients(chunk) and precision.cuda_graph_impl == "local":
+            # the layers have read it already; megatron-core's graphs ask it whether what a layer returns for
+            # a gradient is one, or, unset memory, stands for one that is in the buffer already
+            config.gradient_accumulation_fusion = True
         if not config.fp8_param:  # not to be broadcast; data-parallel ranks draw them from the same seed
             chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads

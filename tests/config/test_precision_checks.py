@@ -24,6 +24,8 @@ FULL = {
 NORMS = {"parallel__recompute_granularity": "selective", "parallel__recompute_modules": ["layernorm"]}
 EXPERTS = {"model__family": "mixtral", "model__num_moe_experts": 4}
 LOCAL = {"precision__cuda_graph_impl": "local"}
+TE_GRAPHS = {"precision__cuda_graph_impl": "transformer_engine"}
+SELECTIVE = {"parallel__recompute_granularity": "selective"}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,9 @@ LOCAL = {"precision__cuda_graph_impl": "local"}
         ("bf16", {**LOCAL, **FULL}, "local graphs cannot hold layers under parallel.recompute_granularity: full"),
         ("bf16", {**LOCAL, "model__hidden_dropout": 0.1}, "local graphs would keep dropout in validation"),
         ("bf16", {"precision__cuda_graph_impl": "transformer_engine", "model__attention_dropout": 0.1, "parallel__recompute_granularity": "selective", "parallel__recompute_modules": ["core_attn"]}, "a recomputed core_attn with model.attention_dropout does not fit into a graph"),
+        ("bf16", {**TE_GRAPHS, "model__hidden_dropout": 0.1, **SELECTIVE, "parallel__recompute_modules": ["mlp"]}, "a recomputed mlp with model.hidden_dropout does not fit into a graph"),
+        ("bf16", {**TE_GRAPHS, **EXPERTS, **SELECTIVE, "parallel__recompute_modules": ["moe"], "precision__cuda_graph_scope": ["attn", "moe_router"]}, "transformer_engine graphs of the moe_router do not go with a recomputed moe"),
+        ("fp32", TE_GRAPHS, "transformer_engine graphs take bfloat16 layers only, not recipe fp32; use local"),
         ("bf16", {**LOCAL, **EXPERTS}, "experts get other numbers of tokens in every step"),
         ("bf16", {**LOCAL, "precision__cuda_graph_scope": ["moe_router"]}, "a layer of family llama has no moe_router"),
     ],
@@ -97,6 +102,8 @@ def test_refusals(recipe: str, changes: dict[str, Any], expected: str) -> None:
         ("bf16", {"model__hidden_size": 56, "model__seq_length": 31}),  # no FP8, no demands
         ("bf16", {**LOCAL, **EXPERTS, "precision__cuda_graph_scope": ["attn", "moe_router"]}),
         ("bf16", {"parallel__tp_comm_overlap": True, **SP2}),
+        ("bf16", {**TE_GRAPHS, "model__hidden_dropout": 0.1, **SELECTIVE, "parallel__recompute_modules": ["mlp"], "precision__cuda_graph_scope": ["attn"]}),
+        ("fp32", LOCAL),
     ],
 )  # fmt: skip
 def test_what_fits(recipe: str, changes: dict[str, Any]) -> None:

@@ -26,6 +26,31 @@ def test_weight_gradients_are_fused_in_the_layers_that_can() -> None:
     assert fused_layers() == (1, [False, True])
 
 
+def says_that_gradients_are_fused() -> list[bool]:
+    """The field that megatron-core's graphs ask, of a model whose layers fuse: without graphs, and with."""
+    from unittest import mock
+
+    from megatron_tokedit.engine import model
+    from megatron_tokedit.engine.initialize import initialize
+
+    ctx = initialize(ParallelConfig(), seed=1, device="cpu")
+    said = []
+    for impl in ("none", "local"):
+        built = tiny_model("llama", num_layers=1)
+        config = model.transformer_config(built, PrecisionConfig(), ParallelConfig(), ctx.device)
+        module = model._gpt_model(built, config, ctx, 16, False, 0)
+        with mock.patch.object(model, "fuse_weight_gradients", return_value=3):
+            precision = PrecisionConfig(cuda_graph_impl=impl)
+            model._wrap_with_ddp([module], config, precision, ParallelConfig(), ctx)
+        said.append(config.gradient_accumulation_fusion)
+    return said
+
+
+def test_graphs_know_of_fused_weight_gradients(ranks: Any) -> None:
+    """Else the stand-in for a gradient, memory that nobody wrote to, would be added to the buffer."""
+    assert ranks.run(says_that_gradients_are_fused, world_size=1) == [[False, True]]
+
+
 def gathered(in_fp8: bool) -> list[str]:
     """What is done to a chunk whose parameters are gathered out of turn, with overlap and without."""
     from unittest import mock
@@ -120,7 +145,7 @@ def captured_graphs(overlaps: bool) -> list[list[str]]:
     helper.create_cudagraphs.side_effect = lambda: done.append("capture")
     helper.cuda_graph_set_manual_hooks.side_effect = lambda: done.append("hooks")
     chunk = mock.Mock(use_forward_hook=overlaps)
-    chunk.parameters.return_value = []
+    chunk.parameters.return_value = chunk.modules.return_value = []
     chunk.start_param_sync.side_effect = lambda force_sync: done.append("gather")
     chunk.disable_forward_pre_hook.side_effect = lambda param_sync: done.append(f"off {param_sync}")
     chunk.enable_forward_pre_hook.side_effect = lambda: done.append("on")
@@ -149,15 +174,43 @@ def test_layer_graphs_are_captured_once_after_the_warm_up(ranks: Any) -> None:
     assert overlapping == [[], [], [], *[["gather", "off False", "capture", "on", "hooks"]] * 3]
 
 
+def layers_that_cache(recipe: str) -> list[bool]:
+    """Whether a layer of Transformer Engine's and a plain one are told of first microbatches, in graphs."""
+    from unittest import mock
+
+    from megatron.core import utils
+    from megatron.core.transformer import cuda_graphs as core_graphs
+
+    from megatron_tokedit.engine.cuda_graphs import LayerGraphs
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].disable_parameter_transpose_cache = False  # type: ignore[assignment]
+    precision = PrecisionConfig.model_validate({"recipe": recipe, "cuda_graph_impl": "transformer_engine"})
+    sizes = {"micro_batch_size": 2, "seq_length": 8, "global_batch_size": 8}
+    with mock.patch.object(core_graphs, "TECudaGraphHelper"), mock.patch.object(utils, "get_model_config"):
+        LayerGraphs(precision, [model], "o", mock.Mock(rank=0, dp_size=2), **sizes)
+    return [getattr(layer, "disable_parameter_transpose_cache", None) for layer in model]
+
+
+def test_no_graph_writes_over_the_gradients_of_earlier_microbatches(ranks: Any) -> None:
+    """A captured layer takes every microbatch for the first unless it caches FP8 weights, or nothing."""
+    assert ranks.run(layers_that_cache, "bf16", world_size=1) == [[True, None]]
+    assert ranks.run(layers_that_cache, "fp8_tensorwise", world_size=1) == [[False, None]]
+
+
 def random_states() -> list[bool]:
-    """Plain states travel as they are; a tracker of generators gives tensors."""
+    """Plain states travel as they are; a tracker of generators gives tensors, and keeps its generators."""
     from megatron_tokedit.engine.cuda_graphs import plain_states, tracked_states
 
     generator = torch.Generator()
     generator.manual_seed(3)
     plain = plain_states({"a": generator, "b": torch.arange(3)})
     back = tracked_states({"b": plain["b"]}, {"b": torch.zeros(3)})
+    registered = torch.Generator()
+    kept = tracked_states({"a": plain["a"]}, {"a": registered})
     return [
+        kept["a"] is registered,
+        torch.equal(registered.get_state(), plain["a"]),
         torch.equal(plain["a"], generator.get_state()),
         torch.equal(plain["b"], torch.arange(3)),
         back["b"] is plain["b"],
@@ -165,4 +218,55 @@ def random_states() -> list[bool]:
 
 
 def test_random_states_are_saved_as_tensors(ranks: Any) -> None:
-    assert ranks.run(random_states, world_size=1) == [[True, True, True]]
+    assert ranks.run(random_states, world_size=1) == [[True] * 5]
+
+
+def trackers() -> list[bool]:
+    """Whether Transformer Engine's tracker is asked for: with it and without it, with graphs and without."""
+    from unittest import mock
+
+    from megatron.core import tensor_parallel
+
+    from megatron_tokedit.engine import preflight
+    from megatron_tokedit.engine.initialize import seed_everything
+
+    asked = []
+    for version in ("2.11.0", None):
+        for graphs in (True, False):
+            with (
+                mock.patch.object(preflight, "probe", return_value=mock.Mock(transformer_engine=version)),
+                mock.patch.object(tensor_parallel, "model_parallel_cuda_manual_seed") as seeded,
+            ):
+                seed_everything(3, 0, cuda_graphs=graphs)
+            asked.append(seeded.call_args.kwargs["te_rng_tracker"])
+            assert seeded.call_args.kwargs["use_cudagraphable_rng"] is graphs
+    return asked
+
+
+def test_graphs_know_the_random_states_of_transformer_engines_tracker(ranks: Any) -> None:
+    """Its attention fails with "Unsupported RNG states tracker." in a capture under any other."""
+    assert ranks.run(trackers, world_size=1) == [[True, False, False, False]]
+
+
+def optimizer_beside_transformer_engine() -> str:
+    """What comes of a training on a CPU in an environment made for GPUs."""
+    import dataclasses
+    from unittest import mock
+
+    import engine_cases
+
+    from megatron_tokedit.engine import preflight
+    from megatron_tokedit.errors import ConfigError
+
+    found = dataclasses.replace(preflight.probe(), transformer_engine="2.11.0")
+    with mock.patch.object(preflight, "probe", return_value=found):
+        try:
+            run = engine_cases.start(tiny_model("llama"))
+        except ConfigError as error:
+            return str(error)
+    return f"trained with {run.optimizer}"
+
+
+def test_a_cpu_run_is_not_given_the_optimizer_of_a_gpu(ranks: Any) -> None:
+    (message,) = ranks.run(optimizer_beside_transformer_engine, world_size=1)
+    assert message.startswith("runtime.device: this run is on a CPU, but Transformer Engine is installed")

@@ -69,6 +69,7 @@ def test_peak_rate() -> None:
         ("NVIDIA GH200 480GB", "bf16", 989.0, "data sheet of GH200, bf16"),
         ("NVIDIA B200", "mxfp8", 4500.0, "data sheet of B200, 2 x bf16"),
         ("NVIDIA L40S", "fp8_tensorwise", 724.0, "data sheet of L40S, 2 x bf16"),
+        ("NVIDIA L40", "bf16", 181.0, "data sheet of L40, bf16"),
         ("NVIDIA A100-SXM4-80GB", "fp32", None, "no peak is known for float32"),
         ("Some GPU", "bf16", None, "Some GPU is not in the table; set logging.peak_tflops"),
     ],
