@@ -178,6 +178,8 @@ def _package_faults(packages: Sequence[Package]) -> Iterator[str]:
     """Versions that do not fit, and what is missing though it is always needed."""
     from packaging.specifiers import SpecifierSet
 
+    from megatron_tokedit.engine.machine import INSTALL_TRANSFORMER_ENGINE
+
     for package in packages:
         quoted = f"pip install '{package.name}{package.needed}'"
         if package.version is None:
@@ -185,6 +187,7 @@ def _package_faults(packages: Sequence[Package]) -> Iterator[str]:
                 yield f"{package.name} is not installed: {quoted}"
         elif package.needed and not SpecifierSet(package.needed).contains(package.version, prereleases=True):
             mend = f"pip install -e '.[{package.extra}]'" if package.extra else quoted
+            mend = INSTALL_TRANSFORMER_ENGINE if package.extra == "fp8" else mend
             yield f"{package.name} {package.version} is installed, and {package.needed} is needed: {mend}"
 
 
@@ -260,7 +263,9 @@ def _lines(findings: Findings) -> Iterator[str]:
     yield from _table([(p.name, p.version or "", p.needed, p.extra) for p in installed])
     absent = [f"{p.name} ({p.extra})" if p.extra else p.name for p in findings.packages if not p.version]
     yield f"not installed: {', '.join(absent) or 'none'}"
-    about = f" under {findings.config}" if findings.config else " (bf16; --config RUN.yaml answers for a run)"
+    about = " (bf16; --config RUN.yaml answers for a run)"
+    if findings.config:
+        about = f" under {findings.config}" + (", as far as it is sound" if findings.faults else "")
     yield f"\n# what each part will use{about}"
     yield from _table([(part.name, part.kernel, part.reason) for part in findings.parts])
     yield "\n# precision recipes"

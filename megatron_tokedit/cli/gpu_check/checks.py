@@ -1,7 +1,8 @@
 """What a check is and how it comes out.
 
-Invariant: a check passes, fails or is skipped; skipped is only what the machine cannot do, with the reason,
-and whatever goes wrong in a check is its own failure and stops no other.
+Invariant: a check passes, fails or is skipped; skipped is only what the machine cannot do, with the reason
+(what is installed but broken is no such reason), and whatever goes wrong in a check is its own failure and
+stops no other.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def run_check(check: Check, bench: Bench) -> Outcome:
     outcome = Outcome(check.name, check.proves, "failed", 0.0)
     try:
         if lacks := check.lacking(bench):
-            outcome.status, outcome.reasons = "skipped", lacks
+            is_broken = not set(lacks).isdisjoint(bench.machine["probe"]["faults"])
+            outcome.status, outcome.reasons = "failed" if is_broken else "skipped", lacks
         else:
             verdict = check.verify(bench)
             outcome.numbers, outcome.reasons = verdict.numbers, verdict.faults

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -25,6 +26,7 @@ def run(request_file: Path) -> int:
     request: dict[str, Any] = json.loads(request_file.read_text(encoding="utf-8"))
     log.configure()
     if request["hides_gpu"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a job that is repeated by hand has not the runner's
         modules: dict[str, Any] = sys.modules
         modules.update(dict.fromkeys(_GPU_PACKAGES))  # None: not installed
     try:

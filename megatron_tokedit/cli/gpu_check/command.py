@@ -1,6 +1,7 @@
 """The command line of ``tools/gpu_check.py``, its table and its JSON.
 
-Invariant: the exit code is 1 exactly where a check failed (or, with ``--no-skips``, was skipped).
+Invariant: the exit code is 1 exactly where a check failed (or, with ``--no-skips``, was skipped), and what
+was found is told and written though the checks were interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,11 +25,18 @@ from megatron_tokedit import __version__
 from megatron_tokedit.cli.gpu_check.checks import Bench, Check, Outcome, run_check
 from megatron_tokedit.cli.gpu_check.plan import all_checks, choose
 from megatron_tokedit.cli.gpu_check.runner import JobFailed, Runner
-from megatron_tokedit.cli.main import EXIT_ERROR, EXIT_OK, add_common_arguments, run_command
+from megatron_tokedit.cli.main import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    add_common_arguments,
+    run_command,
+)
 from megatron_tokedit.errors import ConfigError
 
 _PARALLEL = {"gpu": 4, "cpu": 1}
 """Most of a job is the start of its process, which keeps one core busy and no GPU."""
+_NAME_WIDTH = 36
 
 _DESCRIPTION = """\
 Check on this machine what no test without a GPU can: FP8 layers, training under every precision recipe,
@@ -84,21 +92,35 @@ def _run(argv: Sequence[str]) -> int:
     if arguments.parallel is not None and arguments.parallel < 1:
         parser.error("--parallel is a number of checks, at least 1")
     if arguments.list:
-        print("\n".join(f"{check.name:34} {check.proves}" for check in checks))
+        print("\n".join(f"{check.name:{_NAME_WIDTH}} {check.proves}" for check in checks))
         return EXIT_OK
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: the folder {arguments.output.absolute().parent} does not exist")
+    if arguments.output is not None:
+        _require_writable(arguments.output)
     folder = _work_folder(arguments.work_dir)
     try:
         report = _check_all(checks, folder, parallel=arguments.parallel, quiet=arguments.quiet)
     finally:
         if arguments.work_dir is None:
             shutil.rmtree(folder, ignore_errors=True)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(_table(report)))
+    try:
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    finally:  # a disk that is full by now costs the file, not the table
+        print("\n".join(_table(report)))
+    if report["interrupted"]:
+        return EXIT_INTERRUPTED
     bad = ("failed", "skipped") if arguments.no_skips else ("failed",)
     return EXIT_ERROR if any(check["status"] in bad for check in report["checks"]) else EXIT_OK
+
+
+def _require_writable(output: Path) -> None:
+    """Find out now rather than after ten minutes; a file that is there is left as it is."""
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: the folder {output.absolute().parent} does not exist")
+    try:
+        output.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be written: {error.strerror}") from error
 
 
 def _work_folder(wanted: Path | None) -> Path:
@@ -107,7 +129,10 @@ def _work_folder(wanted: Path | None) -> Path:
         return Path(tempfile.mkdtemp(prefix="gpu_check_"))
     if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
         raise ConfigError(f"--work-dir: {wanted} is not an empty folder; give a new one")
-    wanted.mkdir(parents=True, exist_ok=True)
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--work-dir: {wanted} cannot be made: {error.strerror}") from error
     return wanted.absolute()
 
 
@@ -132,26 +157,25 @@ def _check_all(checks: Sequence[Check], folder: Path, *, parallel: int | None, q
     begin = time.monotonic()
     runner = Runner(folder, lambda name: tell(f"  ... {name}"))
     bench = Bench(runner)
+    done: dict[str, Outcome] = {}
 
-    def do(check: Check) -> Outcome:
+    def do(check: Check) -> None:
         outcome = run_check(check, bench)
+        if runner.is_closed:  # its jobs were ended: that says nothing of the machine
+            return
+        done[check.name] = outcome
         if outcome.status != "skipped":
             tell(_line(asdict(outcome)))
-        return outcome
 
-    machine = _machine(bench)  # before any thread asks for it
-    parallel = parallel or _PARALLEL[runner.scale.name]
-    done: dict[str, Outcome] = {}
-    with _ended(runner), ThreadPoolExecutor(parallel) as pool:
+    machine: dict[str, Any] = {}
+    interrupted = False
+    with _ended(runner):
         try:
-            together = [check for check in checks if not check.runs_alone]
-            done |= {outcome.name: outcome for outcome in pool.map(do, together)}
-            done |= {check.name: do(check) for check in checks if check.runs_alone}
-        except BaseException:
-            runner.close()  # or the pool would wait for them
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    outcomes = [done[check.name] for check in checks]
+            machine |= _machine(bench)  # before any thread asks for it
+            _do_all(checks, do, runner, parallel or _PARALLEL[runner.scale.name])
+        except KeyboardInterrupt:
+            interrupted = True
+    outcomes = [done[check.name] for check in checks if check.name in done]
     return {
         "version": __version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -159,9 +183,25 @@ def _check_all(checks: Sequence[Check], folder: Path, *, parallel: int | None, q
         "seconds": round(time.monotonic() - begin, 1),
         "scale": runner.scale.name,
         "job_seconds": runner.job_seconds,
+        "interrupted": interrupted,
+        "not_done": [check.name for check in checks if check.name not in done],
         "counts": _counts(outcomes),
         "checks": [asdict(outcome) for outcome in outcomes],
     }
+
+
+def _do_all(checks: Sequence[Check], do: Callable[[Check], None], runner: Runner, parallel: int) -> None:
+    """Several checks at a time, then those that run alone."""
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            list(pool.map(do, [check for check in checks if not check.runs_alone]))
+            for check in checks:
+                if check.runs_alone:
+                    do(check)
+        except BaseException:
+            runner.close()  # or the pool would wait for its jobs
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _machine(bench: Bench) -> dict[str, Any]:
@@ -184,7 +224,7 @@ def _line(check: dict[str, Any]) -> str:
         told = ", ".join(_spelled(check["numbers"]))
     else:
         told = "; ".join(check["reasons"])
-    return f"{check['status']:8} {check['name']:34} {check['seconds']:7.1f} s  {told}"
+    return f"{check['status']:8} {check['name']:{_NAME_WIDTH}} {check['seconds']:7.1f} s  {told}"
 
 
 def _skipped(checks: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -224,3 +264,5 @@ def _table(report: dict[str, Any]) -> Iterator[str]:
         f"\n{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped "
         f"in {report['seconds']:.0f} s"
     )
+    if report["interrupted"]:
+        yield f"interrupted: {len(report['not_done'])} checks were not done; a new start does all anew"

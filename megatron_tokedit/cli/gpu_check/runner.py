@@ -96,6 +96,11 @@ class Runner:
             for process in self._running:
                 _kill(process)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed: a job that failed since may only have been ended."""
+        return self._is_closed
+
     def use_scale_of(self, *, has_gpu: bool) -> None:
         """Choose the sizes."""
         self.scale = GPU if has_gpu else CPU

@@ -137,7 +137,7 @@ def judge_gap(reference: Numbers, run: Numbers, scale: Scale) -> Verdict:
         return Verdict({}, ["a loss is not finite"])
     means = [statistics.fmean(losses) for losses in last]
     gap = means[1] - means[0]
-    faults = []
+    faults = list(run["faults"])  # a run without FP8 would have no gap
     if not abs(gap) <= _MOST_LOSS_GAP:
         faults.append(f"the gap of {gap:+.4f} is more than {_MOST_LOSS_GAP}")
     return Verdict({"bf16": means[0], "loss": means[1], "gap": gap}, faults)
