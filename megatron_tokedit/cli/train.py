@@ -115,6 +115,7 @@ def _run(argv: Sequence[str]) -> int:
         if arguments.progress:
             return print_progress(config)
         if arguments.dry_run:
+            _check_packages()
             return print_report(
                 config,
                 _world_size(arguments),
@@ -134,6 +135,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(arguments, name) and not arguments.dry_run:
             parser.error(f"--{name.replace('_', '-')} goes with --dry-run")
     return arguments
+
+
+def _check_packages() -> None:
+    """Refuse what is installed but broken: a dry run imports megatron-core, whichever machine it is for."""
+    from megatron_tokedit.engine import preflight
+
+    preflight.check()
 
 
 def _machine(gpu: str | None) -> Probe:

@@ -41,14 +41,15 @@ class Fp8Evidence:
         num_active: of them, those that computed in FP8.
         scalings: class names of the recipes that they used.
         num_fp8_weights: weights that are kept in FP8.
-        largest_amax: largest value in the amax histories; None where the recipe has none.
+        smallest_amax: of the layers' largest values in their amax histories, the smallest; None where the
+            recipe has none.
     """
 
     num_linear: int
     num_active: int
     scalings: tuple[str, ...]
     num_fp8_weights: int
-    largest_amax: float | None
+    smallest_amax: float | None
 
 
 def _linear_layers(model: list[Any]) -> Iterator[torch.nn.Module]:
@@ -82,7 +83,7 @@ def fp8_evidence(model: list[Any]) -> Fp8Evidence:
         num_active=len(active),
         scalings=tuple(sorted({type(layer.fp8_meta["recipe"]).__name__ for layer in active})),
         num_fp8_weights=sum(hasattr(matrix, "_quantizer") for layer in layers for matrix in _matrices(layer)),
-        largest_amax=max(amaxes, default=None),
+        smallest_amax=min(amaxes, default=None),
     )
 
 
@@ -104,8 +105,8 @@ def evidence_faults(found: Fp8Evidence, precision: PrecisionConfig, parallel: Pa
         faults.append(f"{found.num_active} of {found.num_linear} linear layers computed in FP8")
     wanted = _SCALINGS[str(recipe.fp8_recipe)]
     faults += [f"a layer used {name}, not {wanted}" for name in found.scalings if not name.endswith(wanted)]
-    if recipe.has_amax_history and not found.largest_amax:
-        faults.append("the amax histories are empty")
+    if recipe.has_amax_history and not found.smallest_amax:
+        faults.append("the amax history of a layer is empty")
     if precision.keeps_fp8_parameters(parallel) and not found.num_fp8_weights:
         faults.append("no weight is kept in FP8, though the parameters are to be gathered so")
     return faults

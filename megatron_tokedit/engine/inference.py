@@ -193,8 +193,9 @@ def scoring_faults(path: str | Path, recipe: str) -> list[str]:
 
     Raises:
         CheckpointError: no complete checkpoint, or a damaged one.
-        ConfigError: a recipe whose scales depend on what was scored before.
+        ConfigError: a recipe whose scales depend on what was scored before, or a broken package.
     """
+    preflight.check()
     folder = checkpoint_folder.require(path)
     run_config = checkpoint_folder.read_json(folder, checkpoint_folder.RUN_CONFIG_FILE)
     recorded = PrecisionConfig.model_validate(run_config.get("precision", {}))
@@ -255,7 +256,7 @@ def load_language_model(
     model_config = ModelConfig.model_validate(run_config["model"])
     recorded = PrecisionConfig.model_validate(run_config.get("precision", {}))
     precision = scoring_precision(recorded, precision)
-    preflight.refuse_faults(precision, ParallelConfig(), model_config)
+    preflight.refuse_faults(precision, ParallelConfig())
     ctx = _inference_context(device)
     with torch.no_grad():  # FP8 weights then come without a second copy for a backward pass
         model = build_model(

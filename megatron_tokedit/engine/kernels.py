@@ -79,7 +79,7 @@ def _cpu_layers(model: ModelConfig | None) -> Iterator[Part]:
 def _cpu_step(precision: PrecisionConfig) -> Iterator[Part]:
     yield Part("loss", "our blocked cross entropy, in parts of the vocabulary", "no CUDA device")
     yield Part("weight gradients", "added to float32 buffers after each product", "no CUDA device")
-    yield Part("optimizer", "torch's fused AdamW", "no Transformer Engine, whose FusedAdam needs a GPU")
+    yield Part("optimizer", "torch's fused AdamW", "no CUDA device")
 
 
 def _gpu_layers(found: Probe, precision: PrecisionConfig, model: ModelConfig | None) -> Iterator[Part]:

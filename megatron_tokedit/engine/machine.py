@@ -75,7 +75,12 @@ def _probe_transformer_engine() -> tuple[str | None, str | None]:
         return None, None
     try:
         module = importlib.import_module("transformer_engine")
-        importlib.import_module("transformer_engine.pytorch")
+        for name in (
+            "pytorch",
+            "pytorch.distributed",
+            "pytorch.tensor",
+        ):  # what megatron-core takes
+            importlib.import_module(f"transformer_engine.{name}")
     except Exception as error:  # noqa: BLE001 - a half-installed package raises anything
         return None, (
             f"transformer_engine is installed but cannot be imported ({_first_line(error)}); reinstall it to "

@@ -134,7 +134,7 @@ def transformer_config(
     """
     sections = {"model": model, "parallel": parallel, "precision": precision}
     raise_faults(cross_section_faults(sections), "model, layout and precision")
-    preflight.refuse_faults(precision, parallel, model)
+    preflight.refuse_faults(precision, parallel)
 
     from megatron.core.transformer.transformer_config import TransformerConfig
 

@@ -16,7 +16,7 @@ import torch
 
 from megatron_tokedit.config.faults import Fault, raise_faults
 from megatron_tokedit.config.recipes import RECIPES
-from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_tokedit.config.sections import ParallelConfig, PrecisionConfig
 from megatron_tokedit.engine.machine import (
     INSTALL_TRANSFORMER_ENGINE,
     Probe,
@@ -161,16 +161,13 @@ def _kernel_faults(precision: PrecisionConfig, parallel: ParallelConfig, found: 
             yield Fault((section, field), f"{shown} needs Transformer Engine: {fault}")
 
 
-def setting_faults(
-    precision: PrecisionConfig, found: Probe, parallel: ParallelConfig, model: ModelConfig | None = None
-) -> list[Fault]:
+def setting_faults(precision: PrecisionConfig, found: Probe, parallel: ParallelConfig) -> list[Fault]:
     """Every setting that the machine cannot honour; what is broken there comes first.
 
     Args:
         precision: the recipe and what goes with it.
         found: from :func:`probe` or :func:`assumed`.
         parallel: the layout.
-        model: the model, where known.
     """
     faults = [Fault((), fault) for fault in found.faults]
     faults += _recipe_faults(precision, found)
@@ -181,11 +178,9 @@ def setting_faults(
     return faults
 
 
-def machine_faults(
-    precision: PrecisionConfig, found: Probe, parallel: ParallelConfig, model: ModelConfig | None = None
-) -> list[str]:
+def machine_faults(precision: PrecisionConfig, found: Probe, parallel: ParallelConfig) -> list[str]:
     """:func:`setting_faults` as sentences that name section and field."""
-    return [str(fault) for fault in setting_faults(precision, found, parallel, model)]
+    return [str(fault) for fault in setting_faults(precision, found, parallel)]
 
 
 def section_faults(sections: Mapping[str, Any], found: Probe) -> list[Fault]:
@@ -194,19 +189,19 @@ def section_faults(sections: Mapping[str, Any], found: Probe) -> list[Fault]:
     device = getattr(sections.get("runtime"), "device", "auto")
     if precision is None or parallel is None or device == "cpu":  # checked against cpu without a machine
         return [Fault((), fault) for fault in found.faults]
-    faults = setting_faults(precision, found, parallel, sections.get("model"))
+    faults = setting_faults(precision, found, parallel)
     if device == "cuda" and not found.has_cuda:
         faults.append(Fault(("runtime", "device"), _NO_CUDA))
     return faults
 
 
-def refuse_faults(precision: PrecisionConfig, parallel: ParallelConfig, model: ModelConfig) -> None:
+def refuse_faults(precision: PrecisionConfig, parallel: ParallelConfig) -> None:
     """Stop before a model is built that this machine cannot run as it is meant.
 
     Raises:
         ConfigError: one message with every fault.
     """
-    raise_faults(setting_faults(precision, probe(), parallel, model), "this machine")
+    raise_faults(setting_faults(precision, probe(), parallel), "this machine")
 
 
 def resolve_device(device: str) -> tuple[str, str]:

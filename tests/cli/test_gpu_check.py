@@ -30,7 +30,7 @@ from megatron_tokedit.dataset import IndexedDatasetWriter
 from megatron_tokedit.testing.ranks import RankPool
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_FP8 = {"num_linear": 0, "num_active": 0, "scalings": [], "num_fp8_weights": 0, "largest_amax": None}
+NO_FP8 = {"num_linear": 0, "num_active": 0, "scalings": [], "num_fp8_weights": 0, "smallest_amax": None}
 
 # ------------------------------------------------------------------------------------------- verdicts
 

@@ -260,6 +260,24 @@ def test_failed_preparation_ends_all_ranks(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("gpu", [(), ("--for-gpu", "h100")])
+def test_a_dry_run_beside_a_half_installed_package_ends_with_one_line(
+    tmp_path: Path, gpu: tuple[str, ...]
+) -> None:
+    package = tmp_path / "packages" / "transformer_engine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    done = subprocess.run(
+        [sys.executable, "tools/train.py", *tiny(tmp_path, "--dry-run", *gpu)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(package.parent)}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert line.startswith(
+        "error: transformer_engine is installed but cannot be imported (OSError: libcudart"
+    )
+
+
 def test_dry_run_names_tracking_packages_that_are_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

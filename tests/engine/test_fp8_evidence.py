@@ -59,10 +59,10 @@ def test_fp8_at_work():
     found = fp8_evidence(model(*layers))
     assert (found.num_linear, found.num_active, found.num_fp8_weights) == (3, 3, 3)
     assert found.scalings == ("Float8CurrentScaling",)
-    assert found.largest_amax is None
+    assert found.smallest_amax is None
     assert faults(model(*layers), "fp8_tensorwise") == []
     delayed = [Layer(TEDelayedScaling(), amax=2.5), Layer(TEDelayedScaling(), amax=0.5)]
-    assert fp8_evidence(model(*delayed)).largest_amax == 2.5
+    assert fp8_evidence(model(*delayed)).smallest_amax == 0.5
     assert faults(model(*delayed), "fp8_delayed") == []
 
 
@@ -75,7 +75,11 @@ def test_fp8_at_work():
             "fp8_delayed",
             "1 of 2 linear layers computed in FP8",
         ),
-        ([Layer(DELAYED, amax=0.0)], "fp8_delayed", "the amax histories are empty"),
+        (
+            [Layer(DELAYED, amax=1.0), Layer(DELAYED, amax=0.0)],
+            "fp8_delayed",
+            "the amax history of a layer is empty",
+        ),
         (
             [Layer(DELAYED, amax=1.0)],
             "fp8_blockwise",

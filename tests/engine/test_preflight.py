@@ -47,6 +47,8 @@ def write_package(folder: Path, name: str, source: str) -> None:
 def write_engine(folder: Path, version: str = "2.11.0", pytorch: str = "") -> None:
     write_package(folder, "transformer_engine", f"__version__ = {version!r}")
     write_package(folder, "transformer_engine/pytorch", pytorch)
+    for part in ("distributed", "tensor"):
+        write_package(folder, f"transformer_engine/pytorch/{part}", "")
 
 
 # ------------------------------------------------------------------------------------------- looking
@@ -88,6 +90,14 @@ def test_half_installed_transformer_engine(packages: Path, error: str, broken: s
         preflight.check()
     faults = preflight.machine_faults(PrecisionConfig(), preflight.probe(), ParallelConfig())
     assert len(faults) == 1, "it would break a run that does not want it too"
+
+
+def test_transformer_engine_without_a_part_that_megatron_core_needs(packages: Path) -> None:
+    write_engine(packages)
+    (packages / "transformer_engine/pytorch/tensor/__init__.py").unlink()
+    (packages / "transformer_engine/pytorch/tensor").rmdir()
+    with pytest.raises(ConfigError, match=r"No module named 'transformer_engine.pytorch.tensor'.*reinstall"):
+        preflight.check()
 
 
 def test_unrelated_apex(packages: Path) -> None:
@@ -133,7 +143,7 @@ def test_all_that_is_broken_is_said_at_once(packages: Path) -> None:
     write_package(packages, "flash_attn", "raise OSError('x')")
     write_package(packages, "apex", "")
     with pytest.raises(ConfigError) as caught:
-        preflight.refuse_faults(PrecisionConfig(recipe="mxfp8"), ParallelConfig(), tiny_llama())
+        preflight.refuse_faults(PrecisionConfig(recipe="mxfp8"), ParallelConfig())
     text = str(caught.value)
     assert text.startswith("this machine: 4 problems" if not torch.cuda.is_available() else "this machine:")
     assert all(name in text for name in ("transformer_engine", "flash_attn", "pip uninstall apex", "mxfp8"))
@@ -224,7 +234,7 @@ def test_refusals(
 ) -> None:
     probe = dataclasses.replace(H100, **found)
     layout = ParallelConfig.model_validate(parallel)
-    faults = preflight.machine_faults(PrecisionConfig.model_validate(precision), probe, layout, tiny_llama())
+    faults = preflight.machine_faults(PrecisionConfig.model_validate(precision), probe, layout)
     assert any(expected in fault for fault in faults), faults
 
 

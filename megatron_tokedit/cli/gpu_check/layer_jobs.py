@@ -33,9 +33,8 @@ def look_at_machine(folder: Path, scale: Scale) -> dict[str, Any]:
     from megatron_tokedit.engine import preflight
 
     found = preflight.probe()
-    model = ModelConfig.model_validate(scale.model)
     lacks = {
-        name: preflight.machine_faults(PrecisionConfig(recipe=name), found, ParallelConfig(), model)
+        name: preflight.machine_faults(PrecisionConfig(recipe=name), found, ParallelConfig())
         for name in RECIPES
     }
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
