@@ -25,8 +25,8 @@ FOLDER = Path(__file__).resolve().parent
 CPU_RUNS = (
     "tokenize_corpus.py --megabytes 12 --rounds 1",
     "dataset.py",
-    "score.py --tokens 2500 --rounds 2",
-    "editing.py --tokens 2500 --dtype bfloat16 --rounds 2",
+    "score.py --tokens 2000 --rounds 1",
+    "editing.py --tokens 2000 --dtype bfloat16 --rounds 2",
     "train_step.py --recipe bf16 fp32 --steps 8",
     "checkpoint.py --layers 2 --rounds 1",
     "scaling.py --megabytes 12 --prior-kilobytes 400",

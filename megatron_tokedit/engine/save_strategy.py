@@ -3,7 +3,8 @@ its own or the data-parallel ranks sharing the work.
 
 A save that is waited for is written by the training process itself: megatron-core's own strategy starts a
 manager process (spawn) and forks two writers a rank at every save, which costs seconds and forces an
-``if __name__ == "__main__"`` guard on every program. torch's file writer makes the same files with threads.
+``if __name__ == "__main__"`` guard on every program. torch's file writer makes the same files with threads,
+two a rank as megatron-core's.
 Invariant: what is written here is what megatron-core's loading expects.
 """
 
@@ -28,9 +29,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
+_FILES_A_RANK = 2
+
 
 class InProcessSave(SaveShardedStrategy):
-    """A synchronous save of one file a rank."""
+    """A synchronous save of two files a rank, each written by a thread."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
@@ -40,7 +43,7 @@ class InProcessSave(SaveShardedStrategy):
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         torch_save(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, overwrite=False),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=_FILES_A_RANK, overwrite=False),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
