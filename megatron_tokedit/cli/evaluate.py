@@ -11,8 +11,13 @@ from tqdm import tqdm
 
 from megatron_tokedit import log
 from megatron_tokedit.cli.main import add_common_arguments, run_command
+from megatron_tokedit.cli.train_report import known_sources
+from megatron_tokedit.config.load import load_config
+from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset import IndexedDataset, atomic_write_bytes, check_compatible, read_manifest
-from megatron_tokedit.errors import ConfigError
+from megatron_tokedit.dataset.sources import dataset_exists
+from megatron_tokedit.engine import checkpoint_folder
+from megatron_tokedit.errors import ConfigError, DataFormatError
 from megatron_tokedit.evaluation import CheckpointPerplexity, as_json, as_table, measure_perplexity
 from megatron_tokedit.tokenizers import load_tokenizer
 
@@ -25,20 +30,35 @@ def _parser() -> argparse.ArgumentParser:
     perplexity = commands.add_parser(
         "perplexity",
         help="held-out perplexity by domain",
-        description="Held-out perplexity: a row a domain, a column a checkpoint, and their average.",
+        description="Held-out perplexity: a row a domain, a column a checkpoint, and their average. With "
+        "--config: of a run's newest checkpoint on its validation sources.",
+    )
+    perplexity.add_argument(
+        "--config",
+        nargs="+",
+        metavar=("RUN.yaml", "section.field=value"),
+        help="a run and its overrides: gives --checkpoint, --data and --output where they are not given",
     )
     perplexity.add_argument(
         *("--checkpoint", "--checkpoints"),
         dest="checkpoints",
         nargs="+",
-        required=True,
         metavar="DIR",
         help="run folders (their newest complete checkpoint), step folders, or Hugging Face model folders",
     )
     perplexity.add_argument(
-        "--data", nargs="+", required=True, metavar="NAME=PREFIX", help="a domain and its PREFIX.bin/.idx"
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="a domain and its PREFIX.bin/.idx; with --config further ones",
     )
-    perplexity.add_argument("--output", metavar="FILE.json", help="write every figure here as well")
+    perplexity.add_argument(
+        "--output",
+        metavar="FILE.json",
+        help="write every figure here as well (default for --config without --checkpoint: "
+        "RUN_DIR/evaluation/perplexity_step_N.json)",
+    )
     scoring = perplexity.add_argument_group("scoring")
     scoring.add_argument(
         "--context", type=int, metavar="N", help="tokens a window (default: the model's limit)"
@@ -55,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="default: float32; the FP8 ones need a GPU with Transformer Engine",
     )
-    scoring.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    scoring.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto, or the run's")
     scoring.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="positions a forward")
     scoring.add_argument(
         "--logits-bytes", type=int, default=128 << 20, metavar="N", help="memory of the head"
@@ -64,23 +84,78 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open_domains(pairs: Sequence[str]) -> dict[str, IndexedDataset]:
-    """The datasets by name.
+def _given_domains(pairs: Sequence[str], prefixes: dict[str, str]) -> dict[str, str]:
+    """The prefixes by name, and those of ``--data`` added to them.
 
     Raises:
         ConfigError: a pair that is not NAME=PREFIX, or a name given twice.
-        DataFormatError: a dataset that is missing or damaged.
     """
-    domains: dict[str, IndexedDataset] = {}
+    prefixes = dict(prefixes)
     for pair in pairs:
         name, equals, prefix = pair.partition("=")
         if not (name and equals and prefix):
             raise ConfigError(f"--data {pair}: expected NAME=PREFIX")
-        if name in domains:
+        if name in prefixes:
             raise ConfigError(f"--data: the name {name!r} is given twice")
-        domains[name] = IndexedDataset(prefix.removesuffix(".bin").removesuffix(".idx"))
-        domains[name].refuse_truncated()
+        prefixes[name] = prefix.removesuffix(".bin").removesuffix(".idx")
+    return prefixes
+
+
+def _open_domains(prefixes: dict[str, str]) -> dict[str, IndexedDataset]:
+    """The datasets by name.
+
+    Raises:
+        DataFormatError: a dataset that is missing or damaged.
+    """
+    domains = {name: IndexedDataset(prefix) for name, prefix in prefixes.items()}
+    for dataset in domains.values():
+        dataset.refuse_truncated()
     return domains
+
+
+def _validation_prefixes(config: RunConfig) -> dict[str, str]:
+    """The datasets of a run's validation sources by name.
+
+    Raises:
+        ConfigError: there are no sources.
+        DataFormatError: lists the datasets that are not there.
+    """
+    if not config.data.validation:
+        raise ConfigError("data.validation: is empty, so there is nothing to evaluate on; or give --data")
+    prefixes, missing = {}, []
+    for index, source in enumerate(known_sources(config).data.validation):
+        if source.prefix is not None and dataset_exists(source.prefix):
+            prefixes[source.name] = source.prefix
+        else:
+            place = source.prefix or f"in {config.data.prepared_dir}, for this `input` and `edit`"
+            missing.append(f"data.validation.{index} ({source.name}): no dataset {place}")
+    if missing:
+        how = "make them with tools/train.py --config ... --prepare, or the jobs of tools/submit.py"
+        raise DataFormatError("\n  - ".join([f"datasets that are not there; {how}:", *missing]))
+    return prefixes
+
+
+def _take_run(arguments: argparse.Namespace) -> dict[str, str]:
+    """Fill in what ``--config`` says of checkpoint, output and device; returns the prefixes by name.
+
+    Raises:
+        TokeditError: the configuration is faulty, or its run has no checkpoint or no data to evaluate on.
+    """
+    path, *overrides = arguments.config
+    config = load_config(path, overrides)
+    prefixes = {} if arguments.data and not config.data.validation else _validation_prefixes(config)
+    arguments.device = arguments.device or config.runtime.device
+    if arguments.checkpoints is None:
+        folder = checkpoint_folder.require(Path(config.run_dir) / "checkpoints")
+        step = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)["step"]
+        arguments.checkpoints = [str(folder)]
+        arguments.output = arguments.output or str(evaluation_file(config.run_dir, step))
+    return prefixes
+
+
+def evaluation_file(run_dir: str, step: int) -> Path:
+    """Where the evaluation of a run's checkpoint is written to."""
+    return Path(run_dir) / "evaluation" / f"perplexity_step_{step}.json"
 
 
 def _measure(
@@ -121,7 +196,7 @@ def _measure(
         batch_tokens=arguments.batch_tokens,
         logits_bytes=arguments.logits_bytes,
     )
-    scorer = load_scorer(identity, options, dtype=arguments.dtype, device=arguments.device)
+    scorer = load_scorer(identity, options, dtype=arguments.dtype, device=arguments.device or "auto")
     total = sum(dataset.num_tokens for dataset in domains.values())
     with tqdm(
         total=total, unit="tok", unit_scale=True, desc=Path(path).name, disable=arguments.quiet or None
@@ -135,7 +210,8 @@ def _measure(
 
 def _perplexity(arguments: argparse.Namespace) -> None:
     """Measure, print the table, write the JSON."""
-    domains = _open_domains(arguments.data)
+    prefixes = _take_run(arguments) if arguments.config else {}
+    domains = _open_domains(_given_domains(arguments.data, prefixes))
     results = [_measure(path, domains, arguments) for path in arguments.checkpoints]
     names = [Path(path).name or path for path in arguments.checkpoints]
     if len(set(names)) < len(names):
@@ -150,7 +226,10 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 
 def _run(argv: Sequence[str]) -> None:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.config and not (arguments.checkpoints and arguments.data):
+        parser.error("give --checkpoint and --data, or --config")
     _perplexity(arguments)
 
 

@@ -7,6 +7,7 @@ Invariant: needs no GPU and no process group, changes nothing on disk (but the i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from megatron_tokedit.config.batch_sizes import batch_stages, total_samples
 from megatron_tokedit.config.parallel_checks import layout_in_words, model_ranks, smallest_world
 from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import resolve, to_yaml
-from megatron_tokedit.config.sections import RunConfig
+from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.config.validate import num_microbatches
-from megatron_tokedit.dataset.sources import missing_sources
+from megatron_tokedit.dataset.sources import all_sources, dataset_exists, missing_sources
 from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.pipeline.placement import WHOLE, Share
 from megatron_tokedit.pipeline.plan import load_plan
 from megatron_tokedit.pipeline.prepared import placed_output_prefix
 from megatron_tokedit.pipeline.workdir import WorkDir
@@ -39,33 +41,88 @@ def known_sources(config: RunConfig) -> RunConfig:
     return with_prefixes(config, partial(placed_output_prefix, prepared_dir=config.data.prepared_dir))
 
 
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """How far a run is.
+
+    Attributes:
+        step: of the newest complete checkpoint.
+        train_steps: where it ends.
+        units: work units that are done, of all sources or of one share.
+        missing: ``NAME: 3 of 11 units`` for every source that has to be made first.
+    """
+
+    step: int
+    train_steps: int
+    units: int
+    missing: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.train_steps
+
+    def __str__(self) -> str:
+        return "; ".join(
+            [
+                f"step {self.step} of {self.train_steps}",
+                *(f"preparing {source}" for source in self.missing),
+            ]
+        )
+
+
+def find_progress(config: RunConfig, share: Share = WHOLE) -> RunProgress:
+    """Look how far a run is, without torch and without reading any input.
+
+    Args:
+        config: the run's.
+        share: count its work units only.
+    """
+    config = known_sources(config)
+    latest = checkpoint_folder.find_latest(Path(config.run_dir) / "checkpoints")
+    step = checkpoint_folder.read_json(latest, checkpoint_folder.STATE_FILE)["step"] if latest else 0
+    units, missing = 0, []
+    for source in missing_sources(config):
+        done, planned = _count_units(config, source, share)
+        units += done
+        missing.append(
+            f"{source.name}: not begun" if planned is None else f"{source.name}: {done} of {planned} units"
+        )
+    return RunProgress(step, config.training.train_steps, units, tuple(missing))
+
+
+def count_made_units(config: RunConfig, share: Share = WHOLE) -> int:
+    """Work units of the sources that are made, as far as their plans are still there.
+
+    Together with :attr:`RunProgress.units` a number that does not fall when units are merged.
+    """
+    config = known_sources(config)
+    raw = (source for _, source in all_sources(config.data) if source.input is not None)
+    made = {source.prefix: source for source in raw if dataset_exists(source.prefix)}
+    return sum(_count_units(config, source, share)[1] or 0 for source in made.values())
+
+
+def _count_units(config: RunConfig, source: SourceConfig, share: Share) -> tuple[int, int | None]:
+    """A share's finished and planned units of a source; None where it has no plan yet."""
+    workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
+    plan = load_plan(workdir.plan) if source.prefix is not None else None
+    if plan is None:
+        return 0, None
+    return sum(map(share.has, workdir.done_units())), len(plan.share(*share.placement(0, 1)))
+
+
 def print_progress(config: RunConfig) -> int:
     """Print how far the run is on one line, without torch; returns the exit code.
 
     The newest complete checkpoint's step, while sources have yet to be made their finished work units, and
     ``to be continued`` after a stop that asks for a requeue.
     """
-    config = known_sources(config)
-    latest = checkpoint_folder.find_latest(Path(config.run_dir) / "checkpoints")
-    step = checkpoint_folder.read_json(latest, checkpoint_folder.STATE_FILE)["step"] if latest else 0
-    parts = [f"{config.run_dir}: step {step} of {config.training.train_steps}", *_preparation(config)]
+    parts = [f"{config.run_dir}: {find_progress(config)}"]
     stopped = Path(config.run_dir) / REQUEUE_FILE
     if stopped.exists():
         parts.append(f"stopped by {stopped.read_text(encoding='utf-8').strip()}, to be continued")
     print("; ".join(parts))
     return 0
-
-
-def _preparation(config: RunConfig) -> Iterator[str]:
-    """``preparing NAME: 3 of 11 units`` for every source that has to be made first."""
-    for source in missing_sources(config):
-        workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
-        plan = load_plan(workdir.plan) if source.prefix is not None else None
-        if plan is None:
-            yield f"preparing {source.name}: not begun"
-        else:
-            done = sum(workdir.unit_marker(unit.unit_id).exists() for unit in plan.units)
-            yield f"preparing {source.name}: {done} of {len(plan.units)} units"
 
 
 def print_report(

@@ -1,14 +1,15 @@
 """Datasets of a training run that have to be made from raw text first.
 
-Invariant: all ranks take part in the edit, rank 0 merges, and a failure on any rank ends all of them; nothing
-of the preprocessing (its models, its process groups) is left when training starts.
+Invariant: all ranks take part in the edit, rank 0 merges, and a failure on any rank ends all of them, as does
+a signal; nothing of the preprocessing (its models, its process groups) is left when training starts.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -17,14 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_tokedit.cli.train_report import known_sources
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import differences
 from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.dataset.sources import all_sources, dataset_exists, missing_sources
-from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.errors import PlanError, TokeditError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.pipeline.placement import WHOLE, Share
+from megatron_tokedit.pipeline.plan import load_plan
 from megatron_tokedit.pipeline.prepared import place_output
+from megatron_tokedit.pipeline.workdir import WorkDir
+from megatron_tokedit.training.signals import StopNow
 
 if TYPE_CHECKING:
     from megatron_tokedit.dataset.manifest import Manifest
@@ -34,6 +40,8 @@ logger = get_logger(__name__)
 _PATIENCE = timedelta(days=14)
 """Ranks may finish their units hours apart; the launcher ends the others where a rank dies."""
 _FAREWELL = timedelta(seconds=20)
+_SHORT_PAUSE_SECONDS, _LONG_PAUSE_SECONDS = 0.01, 1.0
+_STOPPED = "told to stop by "
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -97,29 +105,84 @@ def _priors(recorded: dict[str, Any], job: PreprocessConfig) -> tuple[dict[str, 
     return old, new
 
 
-def prepare_sources(config: RunConfig) -> RunConfig:
+def prepare_sources(
+    config: RunConfig, stage: Literal["all", "edit", "merge"] = "all", share: Share = WHOLE
+) -> RunConfig:
     """Look for all datasets and make the missing ones. Collective over the ranks of the launcher.
 
+    Args:
+        config: the run's.
+        stage: ``edit`` does these ranks' work units and merges nothing, ``merge`` joins units that are done.
+        share: of an edit that other jobs have shares of, too.
+
     Returns:
-        The configuration with the prefix of every source.
+        The configuration with the prefix of every source; after ``merge`` of every source that is begun.
 
     Raises:
-        TokeditError: preprocessing failed here or on another rank.
+        TokeditError: preprocessing failed here or on another rank, or there are units missing to merge.
+        StopNow: another rank was told to stop.
     """
-    with _Ranks() as ranks:
-        config = _located(config, ranks)
+    with Ranks("prepare") as ranks:
+        config = known_sources(config) if stage == "merge" else _located(config, ranks)
         missing = _missing(config, ranks)
         if not missing:
             logger.info("all data sources are there, nothing to prepare")
+        if stage == "merge":
+            ranks.together("units", partial(refuse_missing_units, config, missing))
         for number, source in enumerate(missing):
             job = preprocessing_of(source, config.tokenizer)
-            logger.info("preparing source %s: %s from %s", source.name, source.prefix, ", ".join(job.input))
-            ranks.together(f"edit-{number}", partial(_run_stage, job, "edit", ranks))
-            ranks.together(f"merge-{number}", partial(_run_stage, job, "merge", ranks))
+            verb = "merging" if stage == "merge" else "preparing"
+            whose = f" (share {share})" if share != WHOLE else ""
+            logger.info(
+                "%s source %s%s: %s from %s", verb, source.name, whose, source.prefix, ", ".join(job.input)
+            )
+            if stage != "merge":
+                ranks.together(f"edit-{number}", partial(_edit, job, ranks, share))
+            if stage != "edit":
+                ranks.together(f"merge-{number}", partial(_merge, job, ranks))
     return config
 
 
-def _missing(config: RunConfig, ranks: _Ranks) -> list[SourceConfig]:
+def refuse_missing_units(config: RunConfig, sources: Sequence[SourceConfig]) -> None:
+    """Refuse to merge while a source has work units that are not done; changes nothing.
+
+    Raises:
+        PlanError: names all of them, and the array tasks that owe the units, where their number is known.
+    """
+    faults, tasks = [], set[int]()
+    num_tasks = config.slurm.preprocess.tasks
+    for source in sources:
+        workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
+        plan = load_plan(workdir.plan) if source.prefix is not None else None
+        if plan is None:
+            faults.append(f"{source.name}: not begun, or its input has changed since")
+            tasks |= set(range(num_tasks or 0))
+            continue
+        done = set(workdir.done_units())
+        undone = [unit.unit_id for unit in plan.units if unit.unit_id not in done]
+        if undone and not dataset_exists(source.prefix):  # another job may have merged it meanwhile
+            faults.append(f"{source.name}: {len(undone)} of {len(plan.units)} work units are not done")
+            tasks |= {unit_id % num_tasks for unit_id in undone} if num_tasks else set()
+    if faults:
+        owed = f" (of slurm.preprocess.tasks={num_tasks}: --array={_ranges(sorted(tasks))})" if tasks else ""
+        listed = "\n  - ".join(["cannot merge yet:", *faults])
+        raise PlanError(
+            f"{listed}\nrun the edit again for what is missing{owed}; what is done is not done again"
+        )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3,7`` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _missing(config: RunConfig, ranks: Ranks) -> list[SourceConfig]:
     """The sources to make, as rank 0 sees them: another job may finish one between two ranks' looks."""
 
     def look() -> dict[str, str]:
@@ -130,7 +193,7 @@ def _missing(config: RunConfig, ranks: _Ranks) -> list[SourceConfig]:
     return [source for where, source in all_sources(config.data) if where in places]
 
 
-def _located(config: RunConfig, ranks: _Ranks) -> RunConfig:
+def _located(config: RunConfig, ranks: Ranks) -> RunConfig:
     """The configuration with every prefix; rank 0 reads what has to be read."""
     if all(source.prefix is not None for _, source in all_sources(config.data)):
         return config
@@ -150,37 +213,48 @@ def _located(config: RunConfig, ranks: _Ranks) -> RunConfig:
     return with_prefixes(config, lambda job: places[job.model_dump_json()])
 
 
-def _run_stage(job: PreprocessConfig, stage: Literal["edit", "merge"], ranks: _Ranks) -> None:
-    """One rank's part: its units of the edit, or rank 0's merge."""
+def _edit(job: PreprocessConfig, ranks: Ranks, share: Share) -> None:
+    """One rank's units."""
     from megatron_tokedit.pipeline import run
 
-    if stage == "edit" or ranks.rank == 0:
-        # a prior works in child processes: it leaves no trace in the process that goes on to train
-        run(job, rank=ranks.rank, world_size=ranks.world_size, stage=stage, isolate=job.edits)
+    rank, world_size = share.placement(ranks.rank, ranks.world_size)
+    # a prior works in child processes: it leaves no trace in the process that goes on to train
+    run(job, rank=rank, world_size=world_size, stage="edit", isolate=job.edits)
 
 
-class _Ranks:
+def _merge(job: PreprocessConfig, ranks: Ranks) -> None:
+    """Rank 0's part."""
+    from megatron_tokedit.pipeline import run
+
+    if ranks.rank == 0:
+        run(job, stage="merge")
+
+
+class Ranks:
     """The launcher's ranks before there is a process group: they meet at its key-value store.
 
     Without torchrun's agent rank 0 is the store's host. Invariant: it stays until every other rank has read
     all that it waits for, on failure too, so that each says what went wrong and not that a host was lost.
+
+    Args:
+        name: of this meeting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._store: Any = None
         if self.world_size > 1:
             store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"prepare-{attempt}", store)
+            self._store = dist.PrefixStore(f"{name}-{attempt}", store)
 
-    def __enter__(self) -> _Ranks:
+    def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if self._store is None:
-            return
+        if self._store is None or (failure is not None and issubclass(failure, StopNow)):
+            return  # told to stop, as all others are: there is no time to wait
         others = [f"left/{rank}" for rank in range(1, self.world_size)]
         with suppress(dist.DistError):  # the host is gone, or a rank is: each has its message by now
             if self.rank == 0:
@@ -203,7 +277,15 @@ class _Ranks:
             return found
         if self.rank == 0:
             self._store.set(f"{name}/result", json.dumps(found))
-        return cast("dict[str, str]", json.loads(self._store.get(f"{name}/result").decode()))
+        return cast("dict[str, str]", json.loads(self._hear(f"{name}/result")))
+
+    def word_of_rank_zero(self, name: str, text: str) -> str:
+        """What rank 0 gives as ``text``. Collective; costs one question a rank."""
+        if self._store is None:
+            return text
+        if self.rank == 0:
+            self._say(name, text)
+        return self._hear(name)
 
     def together(self, name: str, action: Callable[[], None]) -> None:
         """Run ``action`` on this rank as if it were alone, then wait for all ranks. Collective.
@@ -217,13 +299,41 @@ class _Ranks:
         try:
             with _as_single_process():
                 action()
-        except BaseException as error:
-            self._store.set(f"{name}/{self.rank}", f"{type(error).__name__}: {error}")
+        except StopNow as reason:
+            self._say(f"{name}/{self.rank}", f"{_STOPPED}{reason}")
             raise
-        self._store.set(f"{name}/{self.rank}", "")
+        except BaseException as error:
+            self._say(f"{name}/{self.rank}", f"{type(error).__name__}: {error}")
+            raise
+        self._say(f"{name}/{self.rank}", "")
         for rank in range(self.world_size):
-            if message := self._store.get(f"{name}/{rank}").decode():
+            message = self._hear(f"{name}/{rank}")
+            if message.startswith(_STOPPED):
+                raise StopNow(message.removeprefix(_STOPPED))
+            if message:
                 raise TokeditError(f"preparing the data failed on rank {rank}: {message}")
+
+    def _say(self, key: str, text: str) -> None:
+        """Leave word for the other ranks; there may be nobody left to read it."""
+        with suppress(dist.DistError):
+            self._store.set(key, text)
+
+    def _hear(self, key: str) -> str:
+        """Another rank's word, whenever it comes. Waits in Python, where signals are heard.
+
+        Raises:
+            TokeditError: the host of the store is gone.
+        """
+        pause = _SHORT_PAUSE_SECONDS
+        try:
+            while not self._store.check([key]):
+                time.sleep(pause)
+                pause = min(2 * pause, _LONG_PAUSE_SECONDS)
+            return cast("str", self._store.get(key).decode())
+        except dist.DistError as error:
+            raise TokeditError(
+                f"preparing the data: rank 0 or its node ended before all ranks were ready ({error})"
+            ) from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt
 from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.data import DataConfig, SourceConfig, TokenizerConfig
 from megatron_tokedit.config.model import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_tokedit.config.slurm import SlurmConfig
 from megatron_tokedit.config.training import (
     CheckpointConfig,
     InitFromConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "ScheduleConfig",
+    "SlurmConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrainingConfig",
@@ -62,3 +64,4 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    slurm: SlurmConfig = SlurmConfig()

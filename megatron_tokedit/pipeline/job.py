@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
@@ -43,6 +43,9 @@ from megatron_tokedit.pipeline.resources import (
 from megatron_tokedit.pipeline.results import Totals, UnitResult, check_bad_lines, check_devices
 from megatron_tokedit.pipeline.workdir import WorkDir
 from megatron_tokedit.pipeline.workers import DeadWorker, count_workers, run_in_process, run_in_workers
+
+if TYPE_CHECKING:
+    from megatron_tokedit.scoring.identity import PriorFiles
 
 logger = get_logger(__name__)
 Stage = Literal["all", "edit", "merge"]
@@ -94,17 +97,14 @@ def run(
     for warning in setting_warnings(config):
         logger.warning("%s", warning)
     tokenizers = load_tokenizers(config)
-    known = recorded_prior_files(workdir.plan) if config.edits and not restart else None
-    prior = find_prior(config, tokenizers.text, only_merges=stage == "merge", known=known)
     prefixes = {name: workdir.output(name) for key in config.json_keys for name in config.dataset_names(key)}
     if restart and world_size > 1:
         raise ConfigError(
             f"--restart: with several processes each would discard the others' work; remove {workdir.root} "
             "and run without --restart"
         )
-    job = _Job(
-        config, tokenizers, prior, workdir, _establish_plan(config, tokenizers, prior, workdir, restart)
-    )
+    prior, plan = _settle(config, tokenizers, workdir, restart, only_merges=stage == "merge")
+    job = _Job(config, tokenizers, prior, workdir, plan)
     with workdir.lock("units", shared=True):  # so that nobody merges, and removes the units, meanwhile
         if is_complete(config, workdir, job.plan):
             shutil.rmtree(workdir.units, ignore_errors=True)
@@ -141,6 +141,39 @@ class _Job:
         return self.workdir.unit_marker(unit.unit_id).exists()
 
 
+def _settle(
+    config: PreprocessConfig,
+    tokenizers: JobTokenizers,
+    workdir: WorkDir,
+    restart: bool,
+    *,
+    only_merges: bool,
+) -> tuple[PriorPlan | None, Plan]:
+    """The prior and the plan. Of many processes that start at once, one reads the weights and the input.
+
+    The others wait for its plan, which says what is in the files, and then look at the files' sizes and times
+    of change only.
+    """
+
+    def known() -> PriorFiles | None:
+        return recorded_prior_files(workdir.plan) if config.edits and not restart else None
+
+    def find(files: PriorFiles | None) -> PriorPlan | None:
+        return find_prior(config, tokenizers.text, only_merges=only_merges, known=files)
+
+    workdir.make()
+    files = known()
+    if files is None and config.edits:
+        with workdir.lock("plan"):
+            files = known()
+            if files is None:
+                prior = find(None)
+                return prior, _establish_plan(config, tokenizers, prior, workdir, restart)
+    prior = find(files)
+    with workdir.lock("plan"):
+        return prior, _establish_plan(config, tokenizers, prior, workdir, restart)
+
+
 def _establish_plan(
     config: PreprocessConfig,
     tokenizers: JobTokenizers,
@@ -148,20 +181,21 @@ def _establish_plan(
     workdir: WorkDir,
     restart: bool,
 ) -> Plan:
-    """The recorded plan if it is the one asked for, else a new one, recorded before any work is done."""
-    workdir.make()
-    with workdir.lock("plan"):
-        recorded = None if restart else load_plan(workdir.plan)
-        plan = make_plan(config, tokenizers, prior, recorded)
-        if recorded is not None and not workdir.is_untouched():
-            refuse_changes(recorded, plan, workdir.plan)
-            return plan
-        if restart:
-            _discard(workdir)
-        else:
-            refuse_overwriting(config, workdir)
-        plan.save(workdir.plan)
+    """The recorded plan if it is the one asked for, else a new one, recorded before any work is done.
+
+    For the holder of the plan's lock.
+    """
+    recorded = None if restart else load_plan(workdir.plan)
+    plan = make_plan(config, tokenizers, prior, recorded)
+    if recorded is not None and not workdir.is_untouched():
+        refuse_changes(recorded, plan, workdir.plan)
         return plan
+    if restart:
+        _discard(workdir)
+    else:
+        refuse_overwriting(config, workdir)
+    plan.save(workdir.plan)
+    return plan
 
 
 def _discard(workdir: WorkDir) -> None:
@@ -195,6 +229,11 @@ def _do_units(job: _Job, share: Sequence[WorkUnit], isolate: bool, progress: Pro
     finished_ids = {unit.unit_id for unit in finished}
     pending = [unit for unit in share if unit.unit_id not in finished_ids]
     if not pending:
+        logger.info(
+            "nothing to do: of %d work units %d are for this process, and done",
+            len(job.plan.units),
+            len(share),
+        )
         return
     workers = count_workers(job.config, job.prior, len(pending))
     dead: list[DeadWorker] = []

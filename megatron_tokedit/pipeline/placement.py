@@ -7,11 +7,80 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from megatron_tokedit.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One of several jobs that divide the work units among them, whatever the number of ranks of each.
+
+    Invariant: a unit belongs to the same share however many ranks a share has, so that a share may run again
+    on another kind of node, and a missing unit names the share that owes it.
+    """
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is none.
+
+        Raises:
+            ConfigError: the index is not below the count.
+        """
+        if not 0 <= self.index < self.count:
+            raise ConfigError(f"share {self}: expected I/N with I from 0 to N - 1")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def placement(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Rank and world size over all shares of one of this share's ranks."""
+        return self.index + self.count * rank, self.count * world_size
+
+    def has(self, unit_id: int) -> bool:
+        """Whether a unit belongs to this share."""
+        return unit_id % self.count == self.index
+
+
+WHOLE = Share(0, 1)
+"""All units."""
+
+
+def array_share(environment: Mapping[str, str], tasks: int | None) -> Share | None:
+    """The share of a task of a Slurm array; None outside one.
+
+    Args:
+        environment: of the process.
+        tasks: number of shares, ``slurm.preprocess.tasks``; None: the array's size.
+
+    Raises:
+        ConfigError: the task is none of the shares, or the number of shares cannot be known.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return None
+    index = _number(environment, "SLURM_ARRAY_TASK_ID")
+    if tasks is not None:
+        if not 0 <= index < tasks:
+            raise ConfigError(
+                f"array task {index}: slurm.preprocess.tasks is {tasks}, so the tasks are 0 to {tasks - 1}; "
+                f"submit with --array=0-{tasks - 1} (to run failed tasks again, with their numbers alone)"
+            )
+        return Share(index, tasks)
+    count = _number(environment, "SLURM_ARRAY_TASK_COUNT")
+    first = _number(environment, "SLURM_ARRAY_TASK_MIN", "0")
+    last = _number(environment, "SLURM_ARRAY_TASK_MAX", str(max(index, count - 1)))
+    if first != 0 or last != count - 1:
+        raise ConfigError(
+            f"array task {index}: an array of {count} task(s) from {first} to {last} does not say how many "
+            f"shares there are in all; set slurm.preprocess.tasks to the size of the whole array, or submit "
+            f"the whole of it with --array=0-{max(count - 1, last)}"
+        )
+    return Share(index, count)
 
 
 def placement(
@@ -40,18 +109,21 @@ def placement(
 def usable_cores(environment: Mapping[str, str]) -> int:
     """Cores for this process: those it is allowed, divided among torchrun's processes on this node.
 
-    Allowed is what its affinity (as Slurm sets it) and its control group's quota (as containers set it) say.
+    Allowed is what its affinity, its control group's quota (as containers set it) and, in a step of a Slurm job,
+    ``SLURM_CPUS_ON_NODE`` say: a Slurm without a task plugin gives a job its share of a node and binds nothing.
 
     Args:
         environment: of the process.
 
     Raises:
-        ConfigError: ``LOCAL_WORLD_SIZE`` is not a number.
+        ConfigError: a launcher's variable is not a number.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _control_group_number("cpu.max")
     if quota is not None:
         allowed = min(allowed, max(1, quota[0] // quota[1]))
+    if "SLURM_STEP_ID" in environment:
+        allowed = min(allowed, max(1, _number(environment, "SLURM_CPUS_ON_NODE", str(allowed))))
     return max(1, allowed // max(1, _number(environment, "LOCAL_WORLD_SIZE", "1")))
 
 

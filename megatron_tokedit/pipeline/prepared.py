@@ -2,6 +2,7 @@
 
     PREPARED_DIR/FINGERPRINT/STRATEGY_KEY_document.*    a dataset; FINGERPRINT is the start of its plan's
     PREPARED_DIR/plans/SETTINGS.json                    the plan that a job's settings led to
+    PREPARED_DIR/plans/SETTINGS.lock                    held while it is made; empty
 
 The fingerprint of a plan covers the content of the input files, every edit setting, and the tokenizer's and
 the prior's own fingerprints. The plans are kept so that unchanged input (by size and time of change) and
@@ -23,12 +24,19 @@ from megatron_tokedit.errors import PlanError, TokeditError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan
 from megatron_tokedit.pipeline.resources import find_prior, load_tokenizers
-from megatron_tokedit.pipeline.workdir import WorkDir, make_folder
+from megatron_tokedit.pipeline.workdir import WorkDir, file_lock, make_folder
 
 logger = get_logger(__name__)
 
 _FINGERPRINT_DIGITS = 24
-_NOT_THE_BYTES = {"output_prefix", "workers", "log_interval", "max_bad_lines", "prior_device"}
+_NOT_THE_BYTES = {
+    "output_prefix",
+    "workers",
+    "log_interval",
+    "max_bad_lines",
+    "prior_device",
+    "prior_pipeline_parallel",
+}
 
 
 def placed_output_prefix(job: PreprocessConfig, prepared_dir: str | Path) -> str | None:
@@ -46,8 +54,8 @@ def placed_output_prefix(job: PreprocessConfig, prepared_dir: str | Path) -> str
 def place_output(job: PreprocessConfig, prepared_dir: str | Path) -> str:
     """The output prefix of a job under its identity; reads what input it does not know.
 
-    For one process at a time; others find what it recorded. The plan is also put where the job will look for
-    it, so that the input is read once.
+    Any number of processes may ask at once: one reads, the others wait and find what it recorded. The plan is
+    also put where the job will look for it, so that the input is read once.
 
     Raises:
         TokeditError: the input, the tokenizer or the prior cannot be used, or the folder not be written.
@@ -57,6 +65,16 @@ def place_output(job: PreprocessConfig, prepared_dir: str | Path) -> str:
         output_prefix = _place(job, recorded, prepared_dir)
         logger.warning("%s is gone; going on with %s, which was made from it", why, output_prefix)
         return output_prefix
+    if recorded is not None and _is_unchanged(job, recorded):
+        return _placed(job, recorded, prepared_dir)
+    path = _record_path(job, prepared_dir)
+    make_folder(path.parent)
+    with file_lock(path.with_suffix(".lock")):
+        return _placed(job, _recorded(job, prepared_dir), prepared_dir)
+
+
+def _placed(job: PreprocessConfig, recorded: Plan | None, prepared_dir: str | Path) -> str:
+    """Make the plan, of which what ``recorded`` does not know is read, and put it in its two places."""
     plan = _plan(job, recorded)
     if recorded is None or (recorded.fingerprint, recorded.modified_ns) != (
         plan.fingerprint,
@@ -71,7 +89,8 @@ def place_output(job: PreprocessConfig, prepared_dir: str | Path) -> str:
     if not workdir.plan.exists() and not _is_made(job, output_prefix):
         workdir.make()
         with workdir.lock("plan"):
-            plan.save(workdir.plan)
+            if not workdir.plan.exists():
+                plan.save(workdir.plan)
     return output_prefix
 
 

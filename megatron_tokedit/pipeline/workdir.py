@@ -65,6 +65,12 @@ class WorkDir:
         """The marker of a finished unit."""
         return Path(f"{self._unit(unit_id)}.json")
 
+    def done_units(self) -> Iterator[int]:
+        """Ids of the finished units, without order: as many reads of folders as there are thousands."""
+        for marker in self.units.glob("*/*.json"):
+            if marker.stem.isdecimal():
+                yield int(marker.stem)
+
     def _unit(self, unit_id: int) -> str:
         """A thousand units a folder."""
         return f"{self.units}/{unit_id // 1000:04d}/{unit_id:07d}"
@@ -99,18 +105,29 @@ class WorkDir:
             Whether the lock is held. Where the file system has no locks the block runs without one: what it
             writes is the same whoever writes it, and appears by rename.
         """
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        with open(self.root / f"{what}.lock", "w") as file:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("%s: waiting for another process of this job", self.root)
-                fcntl.flock(file, kind)
-            except OSError as error:
-                logger.warning("%s: no file locks here (%s); going on without", self.root, error.strerror)
-                yield False
-                return
-            yield True
+        with file_lock(self.root / f"{what}.lock", shared=shared) as held:
+            yield held
+
+
+@contextmanager
+def file_lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file, which is made; released when the process ends, however it ends.
+
+    Yields:
+        Whether the lock is held; False where the file system has no locks.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: waiting for another process of this job", path.parent)
+            fcntl.flock(file, kind)
+        except OSError as error:
+            logger.warning("%s: no file locks here (%s); going on without", path.parent, error.strerror)
+            yield False
+            return
+        yield True
 
 
 def make_folder(path: Path) -> None:

@@ -33,7 +33,7 @@ from megatron_tokedit.pipeline.results import UnitResult
 from megatron_tokedit.pipeline.unit import UnitWorker
 
 logger = log.get_logger(__name__)
-_STOP_SECONDS = 5.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ANSWER_SECONDS = 0.2  # to Ctrl-C
 _MEMORY_SHARE = 0.8
 """Of the memory that is free, what the workers' priors may take by default."""
@@ -130,7 +130,7 @@ def run_in_workers(
     waiting = list(reversed(units))
     workers: list[_Worker] = []
     try:
-        with _interrupts_blocked():  # also in the workers: Ctrl-C is the parent's to answer
+        with _signals_blocked():  # also in the workers: they are the parent's to answer
             for index in range(num_workers):
                 workers.append(_start(config, prior, index, num_workers))
         while workers:
@@ -172,25 +172,28 @@ def _start(config: PreprocessConfig, prior: PriorPlan | None, index: int, num_wo
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Hold back SIGINT, in this thread and in the processes that are started in the block."""
-    resource_tracker.ensure_running()  # multiprocessing would start it in the block, and it unblocks SIGINT
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_blocked() -> Iterator[None]:
+    """Hold back what asks a job to stop, in this thread and in the processes that are started in the block.
+
+    Schedulers and launchers send it to all processes at once; a worker that died of it would look like one
+    that failed.
+    """
+    own = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
+        # multiprocessing would start it later on, and it unblocks SIGINT and SIGTERM
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, own)
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
     """End the workers that are still there."""
     for worker in workers:
-        worker.process.terminate()
+        worker.process.kill()  # a worker holds SIGTERM back, and has nothing to tidy up
     for worker in workers:
-        worker.process.join(_STOP_SECONDS)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        worker.process.join()
 
 
 def _work(

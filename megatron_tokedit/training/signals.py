@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -41,10 +41,20 @@ class StopRequest:
     """Context manager that handles SIGTERM, SIGUSR1 and the time limit inside it.
 
     Outside the main thread it does nothing. SIGALRM is the time limit's, and left alone without one.
+
+    Args:
+        exit_after_minutes: the time limit.
+        before_exit: called with the reason, in a thread, before a rank is ended that cannot be interrupted.
     """
 
-    def __init__(self, exit_after_minutes: float | None = None) -> None:
+    def __init__(
+        self,
+        exit_after_minutes: float | None = None,
+        *,
+        before_exit: Callable[[str], None] | None = None,
+    ) -> None:
         self.exit_after_minutes = exit_after_minutes
+        self._before_exit = before_exit
         self._received = 0
         self._saves = False
         self._previous: dict[int, Any] = {}
@@ -115,4 +125,6 @@ class StopRequest:
                 if heard[0] in HANDLED and not self._saves:
                     threading.Event().wait(_GRACE_SECONDS)
                     if not self._saves:
+                        if self._before_exit is not None:
+                            self._before_exit(self.name(heard[0]))
                         os._exit(EXIT_REQUEUE)

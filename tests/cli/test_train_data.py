@@ -183,7 +183,7 @@ def action():
         raise TokeditError("no room")
     return {"there": "yes"}
 
-with train_sources._Ranks() as ranks:
+with train_sources.Ranks("test") as ranks:
     if ranks.rank == 1:
         ranks._store = Slow(ranks._store)
     print(ranks.from_rank_zero("look", action))

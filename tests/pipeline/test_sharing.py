@@ -19,7 +19,7 @@ from megatron_tokedit.config.preprocess import preprocess_config
 from megatron_tokedit.dataset import read_manifest
 from megatron_tokedit.errors import ConfigError, DataFormatError, PlanError
 from megatron_tokedit.pipeline import run
-from megatron_tokedit.pipeline.placement import usable_bytes, usable_cores
+from megatron_tokedit.pipeline.placement import WHOLE, usable_bytes, usable_cores
 from megatron_tokedit.pipeline.resources import find_prior, load_tokenizers
 from megatron_tokedit.pipeline.results import UnitResult
 from megatron_tokedit.pipeline.workdir import WorkDir
@@ -109,6 +109,15 @@ def test_cores_are_divided_among_the_ranks_of_a_node():
 
 
 @pytest.mark.usefixtures("six_cores")
+def test_a_job_uses_its_cores_where_slurm_binds_nothing():
+    step = {"SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "4"}
+    assert usable_cores(step) == 4
+    assert usable_cores(step | {"LOCAL_WORLD_SIZE": "2"}) == 2
+    assert usable_cores(step | {"SLURM_CPUS_ON_NODE": "96"}) == 6
+    assert usable_cores({"SLURM_CPUS_ON_NODE": "4"}) == 6, "a shell of salloc is on another machine"
+
+
+@pytest.mark.usefixtures("six_cores")
 def test_sources_of_a_training_run_share_the_cores_of_the_node(folder, monkeypatch):
     from megatron_tokedit.cli import train_sources
     from megatron_tokedit.pipeline import workers
@@ -119,10 +128,10 @@ def test_sources_of_a_training_run_share_the_cores_of_the_node(folder, monkeypat
         "megatron_tokedit.pipeline.job.count_workers",
         lambda *arguments: counted.append(workers.count_workers(*arguments)) or 1,
     )
-    ranks = train_sources._Ranks()
+    ranks = train_sources.Ranks("test")
     config = preprocess_config(settings(folder, "out", workers=None))
     with train_sources._as_single_process():
-        train_sources._run_stage(config, "edit", ranks)
+        train_sources._edit(config, ranks, WHOLE)
     assert counted == [3]
 
 

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Perplexity of a run's newest checkpoint on its validation sources, by domain:
+#
+#   sbatch [--gpus-per-node 1 ...] slurm/evaluate.sh RUN.yaml [section.field=value ...]
+#
+# Prints a table and writes RUN_DIR/evaluation/.
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+set -euo pipefail
+# sbatch runs a copy of this file: where the project is, Slurm knows
+TOKEDIT_ROOT="${TOKEDIT_ROOT:-$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -nE '1s|.* Command=([^ ]+)/slurm/[^ ]+\.sh.*|\1|p')}"
+# shellcheck source=slurm/lib.sh
+source "$TOKEDIT_ROOT/slurm/lib.sh"
+
+usage "sbatch slurm/evaluate.sh RUN.yaml [section.field=value ...]" "$@"
+begin evaluate "$@"
+check_nodes
+run_step evaluate python "$TOKEDIT_ROOT/tools/evaluate.py" perplexity --config "$@"
+finish
