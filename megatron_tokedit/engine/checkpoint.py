@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_tokedit.config.training import CheckpointConfig
 from megatron_tokedit.engine import checkpoint_folder, extra_state
 from megatron_tokedit.engine.background_save import BackgroundSave, writing
+from megatron_tokedit.engine.checkpoint_shards import check_shards
 from megatron_tokedit.engine.cuda_graphs import plain_states, tracked_states
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.main_parameters import refresh_weights, reload_main_parameters
@@ -138,30 +139,11 @@ def _on_rank_zero(ctx: ParallelContext, partial: Path, action: Callable[[], None
         raise CheckpointError(message[0])
 
 
-def _check_shards(partial: Path) -> None:
-    """Compare the shards that all ranks say they wrote with the files that are here.
-
-    Raises:
-        CheckpointError: one is missing or too short.
-    """
-    from torch.distributed.checkpoint import FileSystemReader
-
-    needed: dict[str, int] = {}
-    for part in FileSystemReader(partial).read_metadata().storage_data.values():
-        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
-    sizes = {entry.name: entry.stat().st_size for entry in partial.iterdir()}
-    if lost := [name for name, size in sorted(needed.items()) if sizes.get(name, -1) < size]:
-        raise CheckpointError(
-            f"{partial}: {len(lost)} of {len(needed)} files are missing or too short for rank 0, the "
-            f"first is {lost[0]}; is the disk full, or run_dir not on a file system that all nodes share?"
-        )
-
-
 def _finish(
     partial: Path, folder: Path, state: dict[str, Any], run_config: dict[str, Any], settings: CheckpointConfig
 ) -> None:
     """On rank 0, after all shards: check, name, and only then prune."""
-    _check_shards(partial)
+    check_shards(partial)
     checkpoint_folder.finish(partial, folder, state, run_config)
     checkpoint_folder.prune(folder.parent, settings.keep_last, settings.keep_every_steps)
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import errno
 import resource
+import threading
 
 import engine_cases
 import pytest
+from torch.distributed.checkpoint import filesystem
 
 from megatron_tokedit.config.training import CheckpointConfig
-from megatron_tokedit.engine import checkpoint, checkpoint_folder
+from megatron_tokedit.engine import checkpoint_folder
+from megatron_tokedit.engine.checkpoint_shards import check_shards
 from megatron_tokedit.errors import CheckpointError
 from megatron_tokedit.testing.models import tiny_llama
 
@@ -133,6 +137,36 @@ def test_full_disk_is_an_error_on_every_rank(ranks, tmp_path):
         assert latest == "step_00000001"
 
 
+def save_while_a_thread_fails(folder, model):
+    """One of the two writing threads cannot write, and the other can; torch says nothing of it."""
+    run = engine_cases.start(model)
+    run.save(folder, 1)
+    write, failed = filesystem._write_item, threading.Event()
+
+    def write_or_fail(*args, **options):
+        if threading.current_thread() is not threading.main_thread():
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert failed.wait(20), "the other thread was given nothing to write"
+        return write(*args, **options)
+
+    filesystem._write_item = write_or_fail
+    try:
+        run.save(folder, 2)
+    except CheckpointError as error:
+        return str(error), checkpoint_folder.find_latest(folder).name
+    finally:
+        filesystem._write_item = write
+    return "saved", None
+
+
+def test_a_writing_thread_that_fails_is_an_error(ranks, tmp_path):
+    ((message, latest),) = ranks.run(save_while_a_thread_fails, tmp_path, tiny_llama(), world_size=1)
+    assert "tensors and objects were not written" in message
+    assert "is the disk full?" in message
+    assert latest == "step_00000001"
+
+
 def load_other_shape(folder):
     try:
         engine_cases.start(tiny_llama(hidden_size=64)).load(folder)
@@ -163,12 +197,12 @@ def test_configured_hyper_parameters_win_over_saved_ones(ranks, run_folder):
 def test_a_shard_that_rank_0_does_not_see_is_noticed(ranks, tmp_path):
     ranks.run(engine_cases.train_and_save, tmp_path, tiny_llama(), 1, world_size=2)
     folder = checkpoint_folder.require(tmp_path)
-    checkpoint._check_shards(folder)
+    check_shards(folder)
     shard = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match=shard.name):
-        checkpoint._check_shards(folder)
+        check_shards(folder)
     shard.unlink()
     with pytest.raises(CheckpointError, match="1 of"):
-        checkpoint._check_shards(folder)
+        check_shards(folder)
