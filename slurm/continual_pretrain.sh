@@ -14,7 +14,8 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 # sbatch runs a copy of this file: where the project is, Slurm knows
-TOKEDIT_ROOT="${TOKEDIT_ROOT:-$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -nE '1s|.* Command=([^ ]+)/slurm/[^ ]+\.sh.*|\1|p')}"
+TOKEDIT_ROOT="${TOKEDIT_ROOT:-$(scontrol show job "${SLURM_JOB_ID:?start it with sbatch}" --oneliner | sed -nE '1s|.* Command=(/.*)/slurm/[a-z_]+\.sh.* WorkDir=.*|\1|p')}"
+: "${TOKEDIT_ROOT:?the project is not found: submit a script of its slurm/ folder, or set TOKEDIT_ROOT}"
 # shellcheck source=slurm/lib.sh
 source "$TOKEDIT_ROOT/slurm/lib.sh"
 

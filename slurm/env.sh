@@ -7,9 +7,9 @@
 # export SBATCH_PARTITION="${SBATCH_PARTITION:-gpu}" SBATCH_ACCOUNT="${SBATCH_ACCOUNT:-my_account}"
 
 # --- 2. the container: read by the job's script; empty: none --------------------------------------------------
-# A .sif file is run by Apptainer, anything else (REGISTRY#NAME:TAG, a .sqsh file) by pyxis/enroot. The project, the
-# folder the job was submitted from and the folder of the run are mounted under their own names; name the others
-# (data, priors, a tokenizer) as HOST:CONTAINER,HOST:CONTAINER.
+# A .sif file is run by Apptainer (TOKEDIT_APPTAINER=singularity where that is its name), anything else (REGISTRY#NAME:TAG, a
+# .sqsh file) by pyxis/enroot. The project and the folder the job was submitted from are mounted under their own names; name
+# what lies elsewhere (runs, data, priors, tokenizers) as /data:/data,/scratch/me:/scratch/me.
 export TOKEDIT_CONTAINER="${TOKEDIT_CONTAINER:-}"
 export TOKEDIT_CONTAINER_MOUNTS="${TOKEDIT_CONTAINER_MOUNTS:-}"
 
@@ -17,11 +17,13 @@ export TOKEDIT_CONTAINER_MOUNTS="${TOKEDIT_CONTAINER_MOUNTS:-}"
 tokedit_environment() {
     # module load cuda/13.0 nccl
     # the virtual environment that `make install` made, or your own; a container brings its packages along
-    local venv="${TOKEDIT_VENV:-$TOKEDIT_ROOT/.venv}"
+    local venv="${TOKEDIT_VENV:-}"
+    [[ -n "$venv" || -n "$TOKEDIT_CONTAINER" ]] || venv="$TOKEDIT_ROOT/.venv"
     if [[ -f "$venv/bin/activate" ]]; then
         # shellcheck disable=SC1091
         source "$venv/bin/activate"
     fi
+    export PYTHONPATH="$TOKEDIT_ROOT${PYTHONPATH:+:$PYTHONPATH}"  # this checkout, installed or not
 
     # network: see docs/slurm.md; which interface, which InfiniBand cards
     # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5

@@ -6,8 +6,10 @@
 # node; the head node's is also shown in the job's log.
 
 export TOKEDIT_ROOT
+set +eu     # a site's own lines need not be written for them
 # shellcheck source=slurm/env.sh
 source "$TOKEDIT_ROOT/slurm/env.sh"
+set -eu
 
 say() { echo "slurm: $(date '+%F %T') $*"; }
 
@@ -26,13 +28,46 @@ usage() {
     [[ -f "$config" ]] || fail "$config does not exist, seen from $PWD, the folder the job was submitted from"
 }
 
+# --- signals ------------------------------------------------------------------------------------------------------
+step=             # process of the step's srun, while there is one
+step_name=
+interrupted=      # why the job has to end and be queued again
+terminated=       # Slurm itself ends the job (scancel, scontrol requeue, the limit): it knows whether to queue it again
+
+# Slurm's warning ahead of the time limit.
+on_usr1() {
+    [[ -z "$interrupted" ]] || return 0
+    interrupted="told by USR1 (the time limit is near)"
+    say "$interrupted"
+    [[ -z "$step" ]] || ask_to_stop
+}
+
+# Training and the edit of texts are asked to save what they have, the other steps are ended; the asking is repeated,
+# because a rank that has only just been started does not hear it yet.
+ask_to_stop() {
+    local signal=TERM
+    [[ "$step_name" != train && "$step_name" != prepare ]] || signal=USR1
+    say "asking $step_name to stop ($signal)"
+    (while kill -0 "$step" 2>/dev/null; do
+        scancel --signal="$signal" "$job" || true
+        sleep 20
+    done) &
+}
+
+on_term() {
+    terminated=1
+    say "told by TERM: Slurm ends this job (scancel, requeue or preemption); waiting for the step to end"
+}
+
 # --- the job ------------------------------------------------------------------------------------------------------
+trap on_usr1 USR1
+trap on_term TERM
 # An array task is ARRAY_TASK: its plain number may stand for the whole array.
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
 job="${job:-${SLURM_JOB_ID:?not inside a Slurm job: start it with sbatch}}"
 restart="${SLURM_RESTART_COUNT:-0}"
 nodes="${SLURM_JOB_NUM_NODES:-1}"
-export RANKS_PER_NODE="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+export TOKEDIT_RANKS_ARE_ASKED_FOR="${RANKS_PER_NODE:+1}" RANKS_PER_NODE="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
 export TOKEDIT_EXPECTED_NODES="$nodes" TOKEDIT_EXPECTED_WORLD_SIZE=$((nodes * RANKS_PER_NODE))
 
 # The address Slurm itself uses for a node, which need not be its name; found here, outside any container.
@@ -40,15 +75,15 @@ mapfile -t node_names < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?not ins
 head_node="${node_names[0]}"
 TOKEDIT_HEAD_ADDRESS="$(scontrol show node "$head_node" --oneliner | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
 export TOKEDIT_HEAD_ADDRESS="${TOKEDIT_HEAD_ADDRESS:-$head_node}"
-# A port a step, so that one that is late to close is in nobody's way.
-export TOKEDIT_PORT=$((20000 + SLURM_JOB_ID * 8 % 20000))
+# A port a step, so that one that is late to close is in nobody's way; below those that systems give out by themselves.
+export TOKEDIT_PORT=$((20000 + SLURM_JOB_ID * 4 % 12000))
 
 container=()      # of srun
 inside=()         # in front of the command
 mounts="$TOKEDIT_ROOT:$TOKEDIT_ROOT,$PWD:$PWD${TOKEDIT_CONTAINER_MOUNTS:+,$TOKEDIT_CONTAINER_MOUNTS}"
 case "$TOKEDIT_CONTAINER" in
     "") ;;
-    *.sif) inside=(apptainer exec ${SLURM_GPUS_ON_NODE:+--nv} --bind "$mounts" --pwd "$PWD" "$TOKEDIT_CONTAINER") ;;
+    *.sif) inside=("${TOKEDIT_APPTAINER:-apptainer}" exec ${SLURM_GPUS_ON_NODE:+--nv} --bind "$mounts" --pwd "$PWD" "$TOKEDIT_CONTAINER") ;;
     *) container=(--container-image="$TOKEDIT_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD") ;;
 esac
 
@@ -56,6 +91,11 @@ esac
 # core, unless it is told not to (and where it cannot bind, it warns of being told).
 binding=(--cpu-bind=none)
 if [[ "$(scontrol show config)" =~ TaskPlugin[[:space:]]*=[[:space:]]*(task/none|\(null) ]]; then binding=(); fi
+
+# srun takes these as options of a step. They may be those of another job (sbatch called inside one), or contradict each other,
+# which srun refuses; without them a step has all that its job has.
+unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK SRUN_CPUS_PER_TASK SLURM_EXCLUSIVE SLURM_EXACT SLURM_HINT SLURM_THREADS_PER_CORE \
+    SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE
 
 # launch NODES SRUN-OPTION... -- node.sh's arguments: one task a node.
 launch() {
@@ -73,34 +113,8 @@ launch() {
 # tool PROGRAM ARGUMENT...: a short Python program on the head node, where the packages are.
 tool() { (TOKEDIT_STEP='' launch 1 --nodelist="$head_node" -- python "$TOKEDIT_ROOT/tools/$1" "${@:2}"); }
 
-# --- signals ------------------------------------------------------------------------------------------------------
-step=             # process of the step's srun, while there is one
-step_name=
-interrupted=      # why the job has to end and be queued again
-terminated=       # Slurm itself ends the job (scancel, scontrol requeue, the limit): it knows whether to queue it again
-
-# Slurm's warning ahead of the time limit. Training and the edit of texts are asked to save what they have, the other
-# steps are ended; the asking is repeated, because a rank that has only just been started does not hear it yet.
-on_usr1() {
-    [[ -z "$interrupted" ]] || return 0
-    interrupted="told by USR1 (the time limit is near)"
-    say "$interrupted: asking ${step_name:-nobody} to stop"
-    local signal=TERM
-    [[ "$step_name" != train && "$step_name" != prepare ]] || signal=USR1
-    if [[ -n "$step" ]]; then
-        (while kill -0 "$step" 2>/dev/null; do
-            scancel --signal="$signal" "$job" || true
-            sleep 20
-        done) &
-    fi
-}
-
-on_term() {
-    terminated=1
-    say "told by TERM: Slurm ends this job (scancel, requeue or preemption); waiting for the step to end"
-}
-trap on_usr1 USR1
-trap on_term TERM
+# What a tool printed without what a site's profile or a container's start printed before it.
+assignments() { grep -E '^[a-z_]+=' <<<"$1" || true; }
 
 # --- steps --------------------------------------------------------------------------------------------------------
 # begin STAGE CONFIG [OVERRIDE...]: says where the run is; refuses a job that does not fit its configuration, and one that
@@ -114,7 +128,8 @@ begin() {
     run_dir='' log_dir='' progress='' run_stage='' gpu_type='' missing_sources=0 complete=0
     local found
     found="$(tool slurm_job.py begin "$stage" --config "${run[@]}")" || fail "job $job does not start: see above"
-    eval "$found"
+    eval "$(assignments "$found")"
+    [[ -d "$log_dir" ]] || fail "$log_dir was made inside the container and is not there outside: name its file system in TOKEDIT_CONTAINER_MOUNTS"
     export TOKEDIT_LOG_DIR="$log_dir"
     say "$run_dir: $progress"
     say "logs: $log_dir"
@@ -127,6 +142,7 @@ check_nodes() {
     names="$(IFS=,; echo "${node_names[*]}")"
     run_step check python "$TOKEDIT_ROOT/tools/node_check.py" --nodes "$nodes" --node-names "$names" \
         --master-addr "$TOKEDIT_HEAD_ADDRESS" --master-port "$TOKEDIT_PORT" --path "$run_dir" \
+        --join-timeout "${TOKEDIT_JOIN_TIMEOUT:-300}" \
         ${gpu_type:+--gpu-type "$gpu_type"} ${TOKEDIT_MIN_FREE_GB:+--min-free-gb "$TOKEDIT_MIN_FREE_GB"}
 }
 
@@ -142,13 +158,13 @@ run_step() {
     : >"$srun_log"
     launch "$nodes" --job-name="$step_name" -- "$@" 2>"$srun_log" &
     step=$!
+    [[ -z "$interrupted" ]] || ask_to_stop
     tail -q -n +1 -s 0.5 -F --pid="$step" "$srun_log" "$head_log" 2>/dev/null &
     local tail=$!
-    # a trapped signal ends `wait` early: wait again until the step itself is over
-    while :; do
-        wait "$step" && status=0 || status=$?
-        kill -0 "$step" 2>/dev/null || break
-    done
+    # a trapped signal ends `wait` early, and with its own status: wait until the step itself is over, then ask for its status
+    wait "$step" || true
+    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
+    wait "$step" && status=0 || status=$?
     wait "$tail" || true
     step=
     export TOKEDIT_PORT=$((TOKEDIT_PORT + 1))
@@ -166,7 +182,7 @@ end_step() {
     if [[ "$step_name" == train || "$step_name" == prepare ]]; then
         local found
         found="$(tool slurm_job.py end "$stage" --config "${run[@]}")" || fail "whether $step_name is to go on is not known: see above"
-        eval "$found"
+        eval "$(assignments "$found")"
         if ((continue)); then
             interrupted="${interrupted:-$step_name stopped in order}"
             say "$run_dir: $progress"
@@ -192,13 +208,25 @@ end_step() {
 requeue_if_interrupted() {
     [[ -n "$interrupted" ]] || return 0
     # a job that its user has cancelled would be brought back to life
-    if [[ -n "$terminated" || "$(scontrol show job "$job" --oneliner)" != *" JobState=RUNNING "* ]]; then
-        say "not queued again by itself: Slurm is ending this job"
+    local state=''
+    [[ -n "$terminated" ]] || state="$(insist scontrol show job "$job" --oneliner | sed -nE '1s/.* JobState=([A-Z_]+) .*/\1/p')"
+    if [[ -n "$terminated" || ! "$state" =~ ^(RUNNING|SIGNALING)$ ]]; then
+        say "not queued again from here: Slurm is ending this job (${state:-by TERM})"
         exit 143
     fi
     say "requeue: $interrupted"
-    scontrol requeue "$job" || fail "cannot be queued again: submit it again by hand"
+    insist scontrol requeue "$job" || fail "cannot be queued again: submit it again by hand, it goes on where it stopped"
     exit 0
+}
+
+# insist COMMAND...: for a minute, in case Slurm's controller is busy or restarting.
+insist() {
+    local try
+    for try in 1 2 3 4 5 6; do
+        if "$@"; then return 0; fi
+        ((try == 6)) || sleep 10
+    done
+    return 1
 }
 
 # finish: the job's last line.

@@ -177,7 +177,8 @@ def refuse_misfit(config: RunConfig, stage: str, environment: Mapping[str, str])
     """
     asked = getattr(config.slurm, stage)
     faults = []
-    nodes = _number(environment, "SLURM_JOB_NUM_NODES") or 1
+    # a step of one node may say one for the job's, too
+    nodes = _number(environment, "TOKEDIT_EXPECTED_NODES") or _number(environment, "SLURM_JOB_NUM_NODES") or 1
     wanted = {"train": config.slurm.train.nodes, "preprocess": None}.get(stage, 1)
     if wanted is not None and nodes != wanted:
         says = "slurm.train.nodes" if stage == "train" else f"stage {stage}"

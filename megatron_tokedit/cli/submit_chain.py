@@ -19,6 +19,7 @@ from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.config.slurm import (
     EvaluateStageConfig,
     GpuStageConfig,
+    ResumingStageConfig,
     SlurmConfig,
     StageConfig,
     TrainStageConfig,
@@ -269,6 +270,8 @@ def _resource_flags(stage: StageConfig, slurm: SlurmConfig, nodes: int | None) -
     for name in ("cpus_per_task", "mem", "time"):
         if (value := getattr(stage, name)) is not None:
             yield f"--{name.replace('_', '-')}={value}"
+    if isinstance(stage, ResumingStageConfig) and stage.signal is not None:
+        yield f"--signal=B:USR1@{stage.signal}"
     yield from (*slurm.sbatch, *stage.sbatch)
 
 

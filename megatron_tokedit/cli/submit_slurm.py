@@ -54,6 +54,17 @@ def shown_path(path: Path) -> str:
         return str(path)
 
 
+def _outside_of_a_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a job that submits leaves in it: its jobs would take it for their own."""
+    if "SLURM_JOB_ID" not in environment:
+        return dict(environment)
+    of_a_job = ("SLURM_", "SLURMD_", "SRUN_", "RANKS_PER_NODE", "TOKEDIT_EXPECTED_", "TOKEDIT_LOG_DIR")
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {
+        name: value for name, value in environment.items() if name in kept or not name.startswith(of_a_job)
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Slurm:
     """The cluster that this machine submits to.
@@ -68,6 +79,7 @@ class Slurm:
         """Run a program with the site's variables."""
         return subprocess.run(
             ["bash", "-c", _WITH_SITE, str(self.env_file), *command],
+            env=_outside_of_a_job(os.environ),
             text=True,
             capture_output=True,
             check=False,

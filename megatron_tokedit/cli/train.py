@@ -25,6 +25,7 @@ from megatron_tokedit.cli.world_check import (
     check_world,
     gpu_in_words,
     gpu_name,
+    refuse_idle_gpus,
     refuse_other_gpu,
 )
 from megatron_tokedit.config.faults import Fault
@@ -345,6 +346,7 @@ def _check_gpu(config: RunConfig) -> None:
 
     name = gpu_name(config)
     check_gpu_type(config, os.environ, name)
+    refuse_idle_gpus(config, os.environ)
     # elsewhere rank 0 would have to open the process group's own address a second time
     if config.runtime.device != "cpu" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         here = gpu_in_words(os.environ, name)

@@ -127,6 +127,30 @@ def check_gpu_type(config: RunConfig, environment: Mapping[str, str], name: str 
         )
 
 
+def refuse_idle_gpus(config: RunConfig, environment: Mapping[str, str]) -> None:
+    """Refuse a job that starts fewer ranks a node than there are GPUs, unless ``RANKS_PER_NODE`` said so.
+
+    A job without ``--gpus-per-node``, on a cluster that does not hide GPUs, would train on one of eight.
+
+    Args:
+        config: the run's.
+        environment: of this process.
+
+    Raises:
+        ConfigError: names the node and both numbers.
+    """
+    import torch
+
+    if config.runtime.device == "cpu" or environment.get("TOKEDIT_RANKS_ARE_ASKED_FOR") != "":
+        return
+    ranks, gpus = _number(environment, "LOCAL_WORLD_SIZE") or 1, torch.cuda.device_count()
+    if ranks < gpus:
+        raise ConfigError(
+            f"{where(environment)}: {gpus} GPUs are visible and the job starts {ranks} rank(s) a node; "
+            f"submit with --gpus-per-node={gpus}, or set RANKS_PER_NODE={ranks} to leave the others idle"
+        )
+
+
 def refuse_other_gpu(here: str, of_rank_zero: str) -> None:
     """Refuse a rank whose GPU is of another model than rank 0's: it would hang or slow down all others.
 

@@ -43,6 +43,7 @@ _FIELDS = {
     "--mem-per-gpu": "mem",
     "--time": "time",
     "--array": "preprocess.tasks and preprocess.max_running",
+    "--signal": "signal, of train or preprocess",
 }
 """Flags that have a field of their own."""
 _OURS = {
@@ -52,7 +53,6 @@ _OURS = {
     "--output": "it is RUN_DIR/slurm/%x-%j.log",
     "--error": "it goes where the output goes, RUN_DIR/slurm/%x-%j.log",
     "--open-mode": "logs are appended to after a requeue",
-    "--signal": "the scripts ask to be told before the time limit",
     "--requeue": "the scripts queue themselves again",
     "--no-requeue": "the scripts queue themselves again; leave requeuing to them",
     "--ntasks": "the scripts start one task a node",
@@ -201,7 +201,15 @@ class GpuStageConfig(StageConfig):
     """Slurm's name of the GPUs (``sinfo -o %G``), where the site wants ``--gpus-per-node=TYPE:N``."""
 
 
-class PreprocessStageConfig(GpuStageConfig):
+class ResumingStageConfig(GpuStageConfig):
+    """A stage that saves what it has before its time is over, and goes on in the queue."""
+
+    signal: PositiveInt | None = None
+    """Seconds before the time limit at which the job is told to save; default: what its script says (300 for
+    training, 120 for preprocessing). More where a step and a checkpoint take longer."""
+
+
+class PreprocessStageConfig(ResumingStageConfig):
     """The array job that makes the datasets; a task is one node."""
 
     tasks: PositiveInt | None = None
@@ -210,7 +218,7 @@ class PreprocessStageConfig(GpuStageConfig):
     """Tasks that may run at a time; default: as many as the cluster lets."""
 
 
-class TrainStageConfig(GpuStageConfig):
+class TrainStageConfig(ResumingStageConfig):
     """The training job."""
 
     nodes: PositiveInt | None = None

@@ -12,7 +12,7 @@ from megatron_tokedit.config.parallel_checks import smallest_world
 from megatron_tokedit.config.slurm import SlurmConfig
 
 WARNING_SECONDS = {"preprocess": 120, "train": 300}
-"""The stages' scripts in slurm/ are told so long before the time limit (``#SBATCH --signal``)."""
+"""The stages' scripts in slurm/ are told so long before the time limit (``#SBATCH --signal``), by default."""
 
 
 def _world(parallel: ParallelConfig, slurm: SlurmConfig) -> Iterator[Fault]:
@@ -28,13 +28,15 @@ def _world(parallel: ParallelConfig, slurm: SlurmConfig) -> Iterator[Fault]:
 
 def _time_limits(slurm: SlurmConfig) -> Iterator[Fault]:
     """A job that goes on after its time limit has time to do something before it is told to stop."""
-    for name, warning in WARNING_SECONDS.items():
+    for name, usual in WARNING_SECONDS.items():
         stage = getattr(slurm, name)
+        warning = stage.signal or usual
         if stage.seconds is not None and stage.seconds < 2 * warning:
             yield Fault(
                 ("slurm", name, "time"),
-                f"{stage.time} is shorter than {2 * warning // 60} minutes: the job is told to stop "
-                f"{warning // 60} minutes before its end, and would get little or nothing done",
+                f"{stage.time} is shorter than {2 * warning / 60:g} minutes: the job is told to stop "
+                f"{warning / 60:g} minutes before its end ({name}.signal), and would get little or nothing "
+                f"done",
             )
 
 

@@ -109,8 +109,8 @@ def placement(
 def usable_cores(environment: Mapping[str, str]) -> int:
     """Cores for this process: those it is allowed, divided among torchrun's processes on this node.
 
-    Allowed is what its affinity, its control group's quota (as containers set it) and, in a step of a Slurm job,
-    ``SLURM_CPUS_ON_NODE`` say: a Slurm without a task plugin gives a job its share of a node and binds nothing.
+    Allowed is what its affinity, its control group's quota (as containers set it) and, in a step of a Slurm
+    job, ``SLURM_CPUS_ON_NODE`` say: a Slurm without a task plugin gives a job cores and binds nothing.
 
     Args:
         environment: of the process.

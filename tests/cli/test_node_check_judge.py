@@ -98,6 +98,12 @@ def test_the_odd_one_out_is_named_though_it_leads() -> None:
     assert only(nodes, 0) == "torch 2.12.0 where the others have 2.13.0"
 
 
+def test_a_core_for_each_gpu() -> None:
+    nodes = made_up(2)
+    facts_of(nodes[1]).num_cores = 1
+    assert only(nodes, 1) == "1 core(s) for 8 GPUs: submit with --cpus-per-task"
+
+
 def test_of_two_the_second_is_compared_with_the_first() -> None:
     nodes = made_up(2)
     facts_of(nodes[1]).versions |= {"numpy": None, "transformer-engine": "2.11.0"}

@@ -13,6 +13,7 @@ from submit_cases import ROOT, TINY, UNITS, Cluster, checkpoint, cluster_fixture
 
 from megatron_tokedit.cli.submit import main
 from megatron_tokedit.cli.submit_chain import array_expression
+from megatron_tokedit.cli.submit_slurm import Slurm
 
 __all__ = ["cluster_fixture", "make_units_fixture"]
 
@@ -231,3 +232,24 @@ def test_a_continuation_has_its_own_script(cluster: Cluster) -> None:
 )
 def test_array_expression(tasks: list[int], max_running: int | None, expected: str) -> None:
     assert array_expression(tasks, max_running) == expected
+
+
+def test_the_notice_before_the_time_limit(cluster: Cluster) -> None:
+    assert cluster.submit("slurm.train={signal: 900, time: 8-0}", "slurm.preprocess.signal=60") == 0
+    signals = [[word for word in call if word.startswith("--signal")] for call in cluster.calls()]
+    assert signals == [["--signal=B:USR1@60"], [], ["--signal=B:USR1@900"]]
+
+
+def test_jobs_do_not_inherit_from_the_job_that_submits_them(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inherited = {"SLURM_CPUS_PER_TASK": "16", "RANKS_PER_NODE": "8", "TOKEDIT_EXPECTED_NODES": "2"}
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    slurm = Slurm(ROOT / "slurm" / "env.sh")
+    assert set(inherited) <= set(slurm.run(["env"]).stdout.replace("=", "\n").split())
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    seen = slurm.run(["env"]).stdout.replace("=", "\n").split()
+    assert not set(inherited) & set(seen)
+    assert "SLURM_CONF" in seen

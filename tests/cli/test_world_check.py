@@ -16,6 +16,7 @@ from megatron_tokedit.cli.world_check import (
     check_world,
     gpu_in_words,
     gpu_name,
+    refuse_idle_gpus,
     refuse_other_gpu,
 )
 from megatron_tokedit.config.load import load_config
@@ -153,3 +154,14 @@ def test_a_rank_with_another_gpu_is_refused_before_the_process_group(tmp_path: P
     assert process.returncode == 1
     assert "error: the ranks of this job have different GPUs: node n1 rank 1: NVIDIA A100, but node" in said
     assert not (run.folder / "run" / "checkpoints").exists()
+
+
+def test_gpus_that_no_rank_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    job = {"TOKEDIT_RANKS_ARE_ASKED_FOR": "", "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": "gpu07"}
+    config = load_config(TINY)
+    with pytest.raises(ConfigError, match=r"node gpu07 rank 0: 8 GPUs .* 1 rank\(s\) .*--gpus-per-node=8"):
+        refuse_idle_gpus(config, job)
+    refuse_idle_gpus(config, job | {"LOCAL_WORLD_SIZE": "8"})
+    refuse_idle_gpus(config, job | {"TOKEDIT_RANKS_ARE_ASKED_FOR": "1"})
+    refuse_idle_gpus(config, {"LOCAL_WORLD_SIZE": "1"})  # not a job of the scripts

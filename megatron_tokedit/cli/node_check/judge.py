@@ -99,6 +99,10 @@ def _judge_disks(node: Node, facts: Facts, limits: Limits) -> None:
 
 def _judge_limits(node: Node, facts: Facts) -> None:
     node.faults += facts.interface_faults
+    if facts.num_cores < len(facts.gpus.gpus):
+        node.faults.append(
+            f"{facts.num_cores} core(s) for {len(facts.gpus.gpus)} GPUs: submit with --cpus-per-task"
+        )
     if facts.open_files_limit is not None and facts.open_files_limit < _MIN_OPEN_FILES:
         node.warnings.append(f"open files are limited to {facts.open_files_limit} (ulimit -n)")
     if facts.locked_memory_limit_bytes is not None and facts.num_infiniband_ports:

@@ -51,7 +51,7 @@ class Leader:
     def find_out(self, join_seconds: float) -> list[Node]:
         """All that there is to know, for :func:`judge.judge`."""
         self._join(join_seconds)
-        for rank, answer in self._ask("facts").items():
+        for rank, answer in self._ask("facts", factor=_GPU_FACTOR).items():
             if "facts" in answer:
                 self.nodes[rank].facts = Facts.from_json(answer["facts"])
         if len(self._present) > 1:
