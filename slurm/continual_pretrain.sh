@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Continual pre-training: a run of `stage: continue`, which starts from the weights of another run's checkpoint:
 #
-#   sbatch [--nodes N --gpus-per-node G --time T ...] slurm/continual_pretrain.sh RUN.yaml [section.field=value ...]
+#   sbatch [--nodes N --gpus-per-node G --cpus-per-task C --mem 0 --time T ...] slurm/continual_pretrain.sh RUN.yaml [section.field=value ...]
 #
 # As slurm/pretrain_edited.sh; refuses a run that starts from nothing, or whose `init_from` is not there, before
 # anything else. To go on with a run that was interrupted, submit its own line again.

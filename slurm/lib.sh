@@ -51,7 +51,7 @@ ask_to_stop() {
     (while kill -0 "$step" 2>/dev/null; do
         scancel --signal="$signal" "$job" || true
         sleep 20
-    done) &
+    done) >/dev/null 2>&1 &
 }
 
 on_term() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Raw text -> edited datasets -> trained model, from one YAML file:
 #
-#   sbatch [--nodes N --gpus-per-node G --time T ...] slurm/pretrain_edited.sh RUN.yaml [section.field=value ...]
+#   sbatch [--nodes N --gpus-per-node G --cpus-per-task C --mem 0 --time T ...] slurm/pretrain_edited.sh RUN.yaml [section.field=value ...]
 #
 # Makes the datasets of the sources that name raw `input` and are not there yet, then trains. Submitting the same line
 # again goes on where the last job stopped. Before the time limit the job is told (USR1), saves a checkpoint and puts
