@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"config"},
     "dataset": {"tokenizers", "config"},
     "scoring": {"engine"},
-    "conversion": {"engine", "tokenizers"},
+    "conversion": {"config", "engine", "tokenizers"},
     "generation": {"engine", "tokenizers"},
     "training": {"config", "dataset", "engine"},
     "pipeline": {"config", "corpus", "tokenizers", "scoring", "edit", "dataset"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import engine_cases
 import pytest
 
@@ -50,41 +53,19 @@ def published(name, fields):
     return model
 
 
-def our_names(theirs, num_layers, num_groups):
-    """Their state dict under our names: queries, keys and values by group, gate above up."""
-    import torch
+def our_names(reference, model):
+    """Its weights as it publishes them, under our names."""
+    from megatron_tokedit.conversion.architecture import to_ours
+    from megatron_tokedit.conversion.layouts import Sizes
+    from megatron_tokedit.conversion.registry import ARCHITECTURES
+    from megatron_tokedit.conversion.safetensors_files import list_tensors, read_tensor
 
-    ours = {"embedding.word_embeddings.weight": theirs["model.embed_tokens.weight"],
-            "output_layer.weight": theirs["lm_head.weight"]}  # fmt: skip
-    if "model.norm.weight" in theirs:
-        ours["decoder.final_layernorm.weight"] = theirs["model.norm.weight"]
-    simple = {
-        "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
-        "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
-        "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
-        "input_layernorm.weight": "input_layernorm.weight",
-        "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-        "mlp.down_proj.weight": "mlp.linear_fc2.weight",
-        "mlp.gate.weight": "mlp.router.weight",
-    }
-    for layer in range(num_layers):
-        source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        ours |= {target + new: theirs[source + old] for old, new in simple.items() if source + old in theirs}
-        for kind in ("weight", "bias"):
-            if f"{source}self_attn.q_proj.{kind}" in theirs:
-                parts = [theirs[f"{source}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-                by_group = [part.view(num_groups, -1, *part.shape[1:]) for part in parts]
-                merged = torch.cat(by_group, dim=1).flatten(0, 1)
-                ours[f"{target}self_attention.linear_qkv.{kind}"] = merged
-        if f"{source}mlp.gate_proj.weight" in theirs:
-            pair = [theirs[f"{source}mlp.{part}_proj.weight"] for part in ("gate", "up")]
-            ours[f"{target}mlp.linear_fc1.weight"] = torch.cat(pair)
-        else:
-            experts = f"{target}mlp.experts.local_experts"
-            for index, pair in enumerate(theirs[f"{source}mlp.experts.gate_up_proj"]):
-                ours[f"{experts}.{index}.linear_fc1.weight"] = pair
-                ours[f"{experts}.{index}.linear_fc2.weight"] = theirs[f"{source}mlp.experts.down_proj"][index]
-    return ours
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        tensors, faults = list_tensors(Path(folder))
+        assert not faults
+        theirs = {name: read_tensor(tensor) for name, tensor in tensors.items()}
+    return to_ours(ARCHITECTURES[model.family], Sizes(model, engine_cases.VOCAB_SIZE), theirs)
 
 
 def both_logits(model, name, fields):
@@ -94,7 +75,7 @@ def both_logits(model, name, fields):
 
     reference = published(name, fields)
     gpt = unwrap(engine_cases.start(model).model[0]).eval()
-    state = our_names(reference.state_dict(), model.num_layers, model.num_key_value_heads)
+    state = our_names(reference, model)
     padding = engine_cases.VOCAB_SIZE
     with torch.no_grad():
         parameters = dict(gpt.named_parameters())

@@ -1,0 +1,110 @@
+"""``tools/convert_checkpoint.py`` as a process: help, exit codes, dry run, overwriting, being killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_tokedit.engine import checkpoint_folder
+from megatron_tokedit.testing.ranks import RankPool
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "conversion"))
+import conversion_cases  # noqa: E402
+
+TOOL = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TOOL, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | variables,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return conversion_cases.write_published(tmp_path_factory.mktemp("hf") / "source", "llama-tied")
+
+
+def test_usage() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert max(map(len, shown.stdout.splitlines())) <= 110
+    for flag in ("--from {hf,megatron}", "--target-tensor-model-parallel-size", "--check", "--overwrite"):
+        assert flag in shown.stdout
+    assert run("--input", "x").returncode == 2
+    shown = run("--input", "x", "--output", "y", WORLD_SIZE="2")
+    assert shown.returncode == 1
+    assert shown.stderr == ("error: a conversion is the work of one process; start it without torchrun\n")
+
+
+def test_a_run_and_another_over_it(ranks: RankPool, source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "made"
+    common = ("--input", source, "--output", output)
+    calls = [
+        (*common, "--dry-run"),
+        ("--from", "hf", "--to", "megatron", *common, "--quiet"),
+        common,
+        (*common, "--overwrite", "--check", "--check-tokens", 200),
+    ]
+    (results,) = ranks.run(conversion_cases.convert_all, calls, world_size=1)
+    assert [code for code, _ in results] == [0, 0, 1, 0], results
+    dry, quiet, again, over = (shown for _, shown in results)
+    assert "llama, 4 layers x 32, 301 ids -> megatron" in dry
+    assert "wrote" not in dry
+    assert quiet == ""
+    assert "exists; give another folder, or --overwrite to replace it" in again
+    assert "check: 199 tokens in float32" in over
+    assert "GB/s; peak memory" in over.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_memory_does_not_grow_with_the_model(source: Path, tmp_path: Path) -> None:
+    """0.2 GB of weights, none larger than 3 MB."""
+    large = conversion_cases.write_published(
+        tmp_path / "large",
+        "llama",
+        num_hidden_layers=16,
+        hidden_size=512,
+        intermediate_size=1408,
+        max_position_embeddings=64,
+    )
+    for origin, target in ((large, tmp_path / "made"), (tmp_path / "made", tmp_path / "back")):
+        shown = run("--input", origin, "--output", target)
+        assert shown.returncode == 0, shown.stderr
+        found = re.search(r"([\d.]+) GB in .* peak memory ([\d.]+) GB, ([\d.]+) GB of it", shown.stderr)
+        assert found is not None, shown.stderr
+        size, peak, before = map(float, found.groups())
+        assert size > 0.18
+        assert peak - before < 0.08
+
+
+def test_a_killed_run_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:
+    output, partial = tmp_path / "made", tmp_path / "made.partial"
+    process = subprocess.Popen(
+        [*TOOL, "--input", str(source), "--output", str(output)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    assert partial.exists()
+    shown = run("--input", source, "--output", output)
+    assert shown.returncode == 0, shown.stderr
+    assert checkpoint_folder.is_complete(output / "checkpoints" / "step_00000000")
+    assert not partial.exists()
