@@ -1,0 +1,272 @@
+"""``tools/generate.py``: what a checkpoint writes; prompts from the command line, a file, standard input or a
+conversation, text on the terminal or JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from tqdm import tqdm
+
+from megatron_tokedit import log
+from megatron_tokedit.cli.generate_screen import Screen
+from megatron_tokedit.cli.main import add_common_arguments, run_command
+from megatron_tokedit.dataset.atomic import AtomicFile
+from megatron_tokedit.errors import ConfigError, DataFormatError
+
+if TYPE_CHECKING:
+    from megatron_tokedit.generation import Completion, GenerationSettings, Prompt, TextModel
+
+logger = log.get_logger(__name__)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Continue prompts with a checkpoint. Without --prompt and --prompt-file: standard input "
+        "is one prompt, or, on a terminal, a conversation.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="run folder (its newest complete checkpoint), step folder, or Hugging Face model folder",
+    )
+    given = parser.add_argument_group("prompts").add_mutually_exclusive_group()
+    given.add_argument("--prompt", nargs="+", metavar="TEXT", help='texts to continue; "" writes documents')
+    given.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="FILE.jsonl: the value of --json-key of every line; otherwise every line is a prompt",
+    )
+    given.add_argument(
+        "--interactive", action="store_true", help="ask for prompts (default on a terminal without prompts)"
+    )
+    parser.add_argument("--json-key", default="prompt", metavar="KEY", help="default: prompt")
+    parser.add_argument(
+        "--no-document-start",
+        dest="document_start",
+        action="store_false",
+        help="do not put in front of a prompt what stood before every document in training (EOD, or BOS): "
+        "for texts from the middle of a document",
+    )
+    _add_settings(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="FILE.jsonl", help="write JSON lines; -: to standard output")
+    output.add_argument("--logprobs", action="store_true", help="with the log-probability of every token")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time; default: 8")
+    machine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="default: auto, bfloat16 on a GPU and float32 elsewhere",
+    )
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    machine.add_argument("--tokenizer-type", metavar="TYPE", help="default: what the folder says")
+    machine.add_argument("--tokenizer-model", metavar="PATH", help="where the tokenizer lies now")
+    add_common_arguments(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "writing", "temperature, top-k and top-p apply in this order; by default the model's own distribution"
+    )
+    group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0: greedy; default: 1",
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest with this probability")
+    group.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts a prompt; default: 1")
+    group.add_argument(
+        "--first-sample", type=int, default=0, metavar="I", help="number of the first one, to go on with"
+    )
+    group.add_argument("--seed", type=int, default=1234, metavar="N", help="default: 1234")
+    group.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="end before any of these")
+    group.add_argument("--ignore-eod", action="store_true", help="go on behind the end of a document")
+
+
+def _settings(arguments: argparse.Namespace) -> GenerationSettings:
+    """Settings of the arguments.
+
+    Raises:
+        ConfigError: what cannot be honoured.
+    """
+    # imported here: `--help` and wrong usage should not wait for torch
+    from megatron_tokedit.generation import GenerationSettings
+
+    settings = GenerationSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_at_eod=not arguments.ignore_eod,
+        stop_texts=tuple(arguments.stop),
+        batch_rows=arguments.batch_size,
+        logprobs=arguments.logprobs,
+    )
+    if arguments.num_samples < 1 or arguments.first_sample < 0:
+        raise ConfigError("--num-samples: expected at least 1; --first-sample: at least 0")
+    if settings.is_greedy and arguments.num_samples > 1:
+        raise ConfigError("--num-samples: --temperature 0 writes the same text every time; give one of them")
+    return settings
+
+
+def _prompt_texts(arguments: argparse.Namespace) -> Iterator[str]:
+    """The prompts, read as they are needed.
+
+    Raises:
+        DataFormatError: a file that cannot be read, or a line that is no prompt.
+    """
+    if arguments.prompt is not None:
+        yield from arguments.prompt
+    elif arguments.prompt_file is None:
+        yield sys.stdin.read().removesuffix("\n")
+    else:
+        yield from _lines_of(arguments.prompt_file, arguments.json_key)
+
+
+def _lines_of(path: str, json_key: str) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removesuffix("\n").removesuffix("\r")
+                yield _json_prompt(line, json_key, f"{path}:{number}") if path.endswith(".jsonl") else line
+    except UnicodeDecodeError as error:
+        raise DataFormatError(f"{path}: is not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DataFormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _json_prompt(line: str, key: str, place: str) -> str:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise DataFormatError(f"{place}: is not a JSON object ({error})") from error
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str):
+        raise DataFormatError(f"{place}: has no text under the key {key!r}; give --json-key")
+    return value
+
+
+def _prompts(model: TextModel, texts: Iterable[str], arguments: argparse.Namespace) -> Iterator[Prompt]:
+    from megatron_tokedit.generation import Prompt
+
+    samples = range(arguments.first_sample, arguments.first_sample + arguments.num_samples)
+    for text in texts:
+        yield Prompt(model.prompt_ids(text, document_start=arguments.document_start), samples, text)
+
+
+def record_of(completion: Completion, model: TextModel) -> dict[str, Any]:
+    """A line of ``--output``; ``text`` is the prompt with its continuation, as a document."""
+    from megatron_tokedit.generation.text import token_texts
+
+    record: dict[str, Any] = {
+        "text": completion.prompt.text + completion.text,
+        "prompt": completion.prompt.text,
+        "completion": completion.text,
+        "finish": completion.finish,
+        "prompt_index": completion.prompt_index,
+        "sample": completion.sample,
+        "num_prompt_tokens": len(completion.prompt.ids),
+        "num_new_tokens": len(completion.ids),
+    }
+    if completion.logprobs is not None:
+        record["ids"] = completion.ids
+        record["tokens"] = token_texts(model.tokenizer, completion.prompt.ids, completion.ids)
+        record["logprobs"] = completion.logprobs
+    return record
+
+
+def _write_lines(
+    completions: Iterable[Completion], model: TextModel, arguments: argparse.Namespace
+) -> Iterator[Completion]:
+    """Write what passes through as JSON lines; a file gets its name when all is there."""
+    with ExitStack() as stack:
+        file = None
+        if arguments.output != "-":
+            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(AtomicFile(arguments.output))
+        bar = stack.enter_context(tqdm(unit="text", disable=arguments.quiet or file is None or None))
+        for completion in completions:
+            line = orjson.dumps(record_of(completion, model)) + b"\n"
+            if file is not None:
+                file.write(line)
+            else:
+                sys.stdout.write(line.decode())
+                sys.stdout.flush()
+            bar.update()
+            yield completion
+        if file is not None:
+            file.commit()
+            logger.info("wrote %s", arguments.output)
+
+
+def _write_all(model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace) -> None:
+    """Continue all prompts."""
+    from megatron_tokedit.generation import generate
+
+    prompts = _prompts(model, _prompt_texts(arguments), arguments)
+    if arguments.output is not None:
+        shown = _write_lines(generate(model, prompts, settings), model, arguments)
+    else:
+        is_alone = arguments.num_samples == 1 and len(arguments.prompt or ()) < 2
+        screen = Screen(
+            model,
+            range(arguments.first_sample, arguments.first_sample + arguments.num_samples),
+            has_headings=not is_alone or arguments.prompt_file is not None,
+        )
+        on_text = screen.add if sys.stdout.isatty() else None
+        shown = screen.show(generate(model, prompts, settings, on_text=on_text))
+    started, num_texts, num_tokens = time.monotonic(), 0, 0
+    for completion in shown:
+        num_texts += 1
+        num_tokens += len(completion.ids)
+    seconds = time.monotonic() - started
+    rate = num_tokens / max(seconds, 1e-9)
+    logger.info("%d texts, %d new tokens in %.1f s (%.0f a second)", num_texts, num_tokens, seconds, rate)
+
+
+def _run(argv: Sequence[str]) -> None:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    has_prompts = arguments.prompt is not None or arguments.prompt_file is not None
+    converses = arguments.interactive or (not has_prompts and sys.stdin.isatty())
+    if converses and arguments.output is not None:
+        parser.error("--output: a conversation is not written to a file; give --prompt or --prompt-file")
+    settings = _settings(arguments)
+
+    from megatron_tokedit.generation import load_text_model
+
+    model = load_text_model(
+        arguments.checkpoint,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        tokenizer_type=arguments.tokenizer_type,
+        tokenizer_model=arguments.tokenizer_model,
+    )
+    if converses:
+        from megatron_tokedit.cli.generate_talk import talk
+
+        talk(model, settings, num_samples=arguments.num_samples, document_start=arguments.document_start)
+    else:
+        _write_all(model, settings, arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_run, argv)
