@@ -11,12 +11,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from tqdm import tqdm
 
 from megatron_tokedit.cli.main import EXIT_ERROR, EXIT_OK, add_common_arguments, run_command
 from megatron_tokedit.config.preprocess import PreprocessConfig, preprocess_config
 from megatron_tokedit.pipeline import LogProgress, Progress, Result, inspect_job, placement, run
+from megatron_tokedit.pipeline.placement import WHOLE, Share
+from megatron_tokedit.pipeline.replicas import find_place, needs_replicas, run_in_replica
 from megatron_tokedit.tokenizers import TOKENIZER_TYPES
 
 _DESCRIPTION = """\
@@ -139,6 +142,19 @@ def _add_prior_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prior-threads", type=int, metavar="N", help="CPU threads a worker (default: 1); part of the plan"
     )
+    group.add_argument(
+        "--prior-tensor-parallel",
+        type=int,
+        metavar="N",
+        help="processes that share every layer of a Megatron checkpoint (default: 1), under torchrun: 8 "
+        "processes and N = 4 make 2 replicas; part of the plan",
+    )
+    group.add_argument(
+        "--prior-pipeline-parallel",
+        type=int,
+        metavar="N",
+        help="stages that share its layers among them (default: 1); changes no byte",
+    )
 
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
@@ -178,7 +194,8 @@ def _main(argv: Sequence[str]) -> int:
     """Parse, configure, run, report."""
     arguments = vars(build_parser().parse_args(argv))
     quiet = arguments.pop("quiet", False)
-    rank, world_size = placement(os.environ, arguments.pop("rank", None), arguments.pop("world_size", None))
+    given = arguments.pop("rank", None), arguments.pop("world_size", None)
+    rank, world_size = placement(os.environ, *given)
     stage = arguments.pop("stage", "all")
     restart = arguments.pop("restart", False)
     dry_run = arguments.pop("dry_run", False)
@@ -188,8 +205,17 @@ def _main(argv: Sequence[str]) -> int:
     progress: Progress = LogProgress(config.log_interval)
     if sys.stderr.isatty() and not quiet and rank == 0:
         progress = BarProgress()
-    result = run(config, rank=rank, world_size=world_size, stage=stage, restart=restart, progress=progress)
-    if not quiet:
+    job = partial(run, stage=stage, restart=restart, progress=progress)
+    result: Result | None
+    if needs_replicas(config) and stage != "merge":
+        share = Share(rank, world_size) if given[0] is not None else WHOLE
+        place = find_place(config, os.environ, share, argv)
+        result = run_in_replica(
+            config, place, os.environ, lambda config, rank, size: job(config, rank=rank, world_size=size)
+        )
+    else:
+        result = job(config, rank=rank, world_size=world_size)
+    if not quiet and result is not None:
         _print_result(result)
     return EXIT_OK
 

@@ -94,6 +94,12 @@ class PreprocessConfig(Section):
     """Peak memory of the scoring head."""
     prior_threads: PositiveInt = 1
     """CPU threads of each worker's prior. They change the order of float sums, so they belong to the plan."""
+    prior_tensor_parallel: PositiveInt = 1
+    """Processes that share every layer of a Megatron prior. They change the order of float sums, so they
+    belong to the plan.
+    """
+    prior_pipeline_parallel: PositiveInt = 1
+    """Stages that share the layers of a Megatron prior among them; changes no byte of the output."""
 
     unit_documents: PositiveInt | None = None
     unit_bytes: PositiveInt | None = None
@@ -125,6 +131,11 @@ class PreprocessConfig(Section):
     def top_k(self) -> int | None:
         """Candidates of a draw, the sampler's default filled in; None: no bound."""
         return self.edit_top_k or (None if self.edit_sampler == "top_p" else DEFAULT_TOP_K)
+
+    @property
+    def prior_ranks(self) -> int:
+        """Processes that hold one copy of the prior."""
+        return self.prior_tensor_parallel * self.prior_pipeline_parallel
 
     @property
     def idle_settings(self) -> list[str]:
@@ -192,6 +203,19 @@ class PreprocessConfig(Section):
             yield (
                 f"prior_dtype={self.prior_dtype}: is for Megatron checkpoints, and prior_backend is hf; give "
                 "float32, bfloat16 or float16"
+            )
+
+        if self.prior_ranks > 1 and self.prior_backend == "hf":
+            yield (
+                f"prior_tensor_parallel={self.prior_tensor_parallel}, "
+                f"prior_pipeline_parallel={self.prior_pipeline_parallel}: are for Megatron checkpoints, and "
+                "prior_backend is hf; make one of the prior:\n  python tools/convert_checkpoint.py --from hf "
+                f"--to megatron --input {self.prior} --output CHECKPOINT"
+            )
+        if self.prior_ranks > 1 and (self.workers or 1) > 1:
+            yield (
+                f"workers={self.workers}: {self.prior_ranks} processes work on one unit together; for more "
+                f"units at a time start a multiple of {self.prior_ranks} processes with torchrun"
             )
 
     def _output_tokenizer_faults(self) -> Iterator[str]:

@@ -31,6 +31,9 @@ from megatron_tokedit.engine.cpu_kernels import MAX_BLOCKED_POSITIONS, BlockedCa
 class SdpaCoreAttention(MegatronModule):
     """Causal scaled dot-product attention of one layer, with grouped key/value heads and dropout."""
 
+    keeps_probabilities = True
+    """On a CPU, for a backward pass; where there will be none, torch's flash attention is faster."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -78,7 +81,7 @@ class SdpaCoreAttention(MegatronModule):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n or g, s, d]
         dropout = self.dropout if self.training else 0.0
         is_plain = attention_mask is None and dropout == 0.0 and query.device.type == "cpu"
-        if is_plain and query.size(2) <= MAX_BLOCKED_POSITIONS:
+        if self.keeps_probabilities and is_plain and query.size(2) <= MAX_BLOCKED_POSITIONS:
             context = BlockedCausalAttention.apply(query, key, value, self.softmax_scale)
         else:
             context = self._sdpa(query, key, value, attention_mask, dropout)

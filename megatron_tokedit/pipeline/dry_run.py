@@ -128,6 +128,11 @@ def _describe(
             f"{prior.dtype} on {prior.device}, windows of {options.context_tokens} tokens, "
             f"overlap {options.overlap_tokens}"
         )
+        if prior.layout.num_ranks > 1:
+            lines.append(
+                f"processes   {prior.layout.num_ranks} a copy of the prior (tensor {prior.layout.tensor} x "
+                f"pipeline {prior.layout.pipeline}); start a multiple of them with torchrun"
+            )
         lines += _describe_edit(plan)
     if plan is not None:
         for file in plan.inputs[:_SHOWN_FILES]:

@@ -203,6 +203,8 @@ def _sample_warnings(config: PreprocessConfig, tokenizers: JobTokenizers, sample
 
 def _too_large(prior: PriorPlan) -> str | None:
     """Why a prior is not tried on this machine."""
+    if prior.layout.num_ranks > 1:
+        return f"a prior that {prior.layout.num_ranks} processes hold together"
     if prior.device != "cpu":
         return None
     if prior.identity.weight_bytes > _LARGE_CPU_PRIOR_BYTES:

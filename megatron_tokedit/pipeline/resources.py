@@ -16,7 +16,7 @@ from megatron_tokedit.errors import TokenizerError
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # these import torch, which a job that edits nothing does not need
-    from megatron_tokedit.scoring.identity import PriorFiles, PriorIdentity
+    from megatron_tokedit.scoring.identity import PriorFiles, PriorIdentity, PriorLayout
     from megatron_tokedit.scoring.scorer import CausalScorer, ScoringOptions
 
 _PROBE = (
@@ -36,6 +36,7 @@ class PriorPlan:
         options: windows and batches.
         dtype: precision.
         threads: torch threads on CPU.
+        layout: processes that hold a copy.
         device: ``cpu`` or ``cuda``. Not in :meth:`settings`: a merge may run where the device is not; that
             the units agree is checked by :func:`megatron_tokedit.pipeline.unit.check_devices`.
     """
@@ -45,23 +46,31 @@ class PriorPlan:
     dtype: str
     threads: int
     device: str
+    layout: PriorLayout
 
     @property
     def memory_bytes(self) -> int:
-        """What one copy of it is expected to need: weights in its precision, and buffers."""
+        """What a process is expected to need: its part of the weights in their precision, and buffers."""
         weights = self.identity.weight_bytes * (
             2 if self.dtype == "float32" else 1
         )  # files may hold bfloat16
-        return weights + self.options.logits_bytes + _PROCESS_BYTES
+        return weights // self.layout.num_ranks + self.options.logits_bytes + _PROCESS_BYTES
 
     def settings(self) -> dict[str, Any]:
-        """What of it determines the bytes, for the plan and the manifest."""
+        """What of it determines the bytes, for the plan and the manifest.
+
+        Tensor-parallel ranks add up parts of sums, which changes their last bits as ``threads`` does: a job
+        that was begun with one number of them is not gone on with by another. Pipeline stages and the number
+        of replicas change nothing.
+        """
+        of_layout = {"tensor_parallel": self.layout.tensor} if self.layout.tensor > 1 else {}
         return {
             "backend": self.identity.backend,
             "fingerprint": self.identity.fingerprint,
             "vocab_size": self.identity.vocab_size,
             "dtype": self.dtype,
             "threads": self.threads,
+            **of_layout,
             "context_tokens": self.options.context_tokens,
             "overlap_tokens": self.options.overlap_tokens,
             "start_id": self.options.start_id,
@@ -128,11 +137,12 @@ def find_prior(
     Raises:
         PriorError: the prior is not usable.
         TokenizerError: it does not belong to the tokenizer.
-        ConfigError: a window that it cannot take, a device that is not there, or a precision that the prior
-            or this machine does not have.
+        ConfigError: a window that it cannot take, a device that is not there, a precision that the prior or
+            this machine does not have, or sizes that the prior cannot be divided by.
     """
     if not config.edits or config.prior is None:
         return None
+    from megatron_tokedit.scoring.identity import PriorLayout
     from megatron_tokedit.scoring.load import (
         DEFAULT_CONTEXT_TOKENS,
         check_dtype,
@@ -144,8 +154,9 @@ def find_prior(
     device = config.prior_device if only_merges else resolve_device(config.prior_device).type
     identity = identify_prior(config.prior, config.prior_backend, known=known)
     _check_tokenizer(tokenizer, identity)
+    layout = PriorLayout(config.prior_tensor_parallel, config.prior_pipeline_parallel)
     if not only_merges:
-        check_dtype(identity, config.prior_dtype)
+        check_dtype(identity, config.prior_dtype, layout)
     options = scoring_options(
         identity,
         start_id=_start_id(tokenizer, identity),
@@ -154,7 +165,7 @@ def find_prior(
         batch_tokens=config.prior_batch_tokens,
         logits_bytes=config.prior_logits_bytes,
     )
-    return PriorPlan(identity, options, config.prior_dtype, config.prior_threads, device)
+    return PriorPlan(identity, options, config.prior_dtype, config.prior_threads, device, layout)
 
 
 def _start_id(tokenizer: Tokenizer, identity: PriorIdentity) -> int | None:
@@ -164,18 +175,31 @@ def _start_id(tokenizer: Tokenizer, identity: PriorIdentity) -> int | None:
     document follows the end of the one before.
     """
     if identity.start_id is not None:
-        return identity.start_id
+        return None if identity.start_id in tokenizer.prefix_ids else identity.start_id
     return tokenizer.bos if tokenizer.prepends_bos and tokenizer.bos not in tokenizer.prefix_ids else None
 
 
 def load_prior(prior: PriorPlan) -> CausalScorer:
-    """Load the prior of a plan into this process and set the number of torch threads.
+    """Load the prior of a plan into this process, or into the replica that it leads, and set the number of
+    torch threads.
 
     Raises:
         PriorError: it cannot be loaded.
+        ConfigError: a prior of several processes, and this one leads no replica.
     """
     import torch
 
+    if prior.layout.num_ranks > 1:
+        from megatron_tokedit.pipeline.replicas import own_replica
+        from megatron_tokedit.scoring import replica
+
+        return replica.load_scorer(
+            own_replica(prior.layout),
+            prior.identity,
+            prior.options,
+            dtype=prior.dtype,
+            threads=prior.threads,
+        )
     from megatron_tokedit.scoring.load import load_scorer
 
     torch.set_num_threads(prior.threads)

@@ -68,6 +68,12 @@ class RaggedCandidates:
         return cls(places_E, is_real_EK.sum(axis=1), ids_EK[is_real_EK], logprobs_EK[is_real_EK])
 
 
+def join_documents(documents: Sequence[Int32]) -> tuple[Int32, Int64]:
+    """The ids of all documents end to end, and where each begins, with the end."""
+    offsets = np.cumsum([0, *(len(ids) for ids in documents)])
+    return np.concatenate([*documents, np.empty(0, np.int32)]), offsets
+
+
 def make_batch(windows: Sequence[Window], ids_G: Int32, offsets: Int64, start_id: int | None) -> Batch:
     """Model input of some windows, right-padded with a row's last token (zeros where it has none).
 

@@ -92,31 +92,42 @@ class CandidateSearch:
         hidden_EH = hidden_EH.to(self._head.head.weight_VH.dtype)
 
         def find_rows(start: int, stop: int) -> FoundRows:
-            hidden_eH, normalisers_e = hidden_EH[start:stop], normalisers_E[start:stop]
-            if self._num_blocks is not None:
-                ids_eK, logprobs_eK = self._in_blocks(
-                    hidden_eH, normalisers_e, maxima_CE[:, start:stop], width
-                )
-                return self._nucleus(ids_eK, logprobs_eK, None)
-            logits_eV = self._head.head.logits(hidden_eH)
-            logits_eV[:, self._excluded] = -torch.inf
-            ids_eK, logprobs_eK = top_candidates(
-                logits_eV, normalisers_e, width, asynchronous=self._asynchronous
+            rows = slice(start, stop)
+            return self._nucleus(
+                *self._top_rows(hidden_EH[rows], normalisers_E[rows], maxima_CE[:, rows], width)
             )
-            tempered_e = None
-            if self._is_open and self._request.nucleus is not None:
-                tempered_eV = logits_eV.sub_(normalisers_e[:, None]).div_(self._request.nucleus.temperature)
-                tempered_e = torch.logsumexp(tempered_eV, dim=1)
-            return self._nucleus(ids_eK, logprobs_eK, tempered_e)
 
-        rows = self._head.whole_rows if self._num_blocks is None else self._block_rows
-        parts = rows.run(len(hidden_EH), find_rows)
+        parts = self._rows.run(len(hidden_EH), find_rows)
         covered = [part.covered_E for part in parts if part.covered_E is not None]
         return FoundRows(
             torch.cat([part.ids_EK for part in parts]),
             torch.cat([part.logprobs_EK for part in parts]),
             torch.cat(covered) if covered else None,
         )
+
+    @property
+    def _rows(self) -> ChunkLimit:
+        """How many rows :meth:`_top_rows` takes at a time."""
+        return self._head.whole_rows if self._num_blocks is None else self._block_rows
+
+    def _top_rows(
+        self, hidden_eH: torch.Tensor, normalisers_e: torch.Tensor, maxima_Ce: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The ``width`` most probable ids of some rows.
+
+        Returns:
+            Ids and log-probabilities ``[e, width]``; and, for a nucleus of all ids, the log of the sum over
+            all allowed ids of p ** (1 / temperature), ``[e]``.
+        """
+        if self._num_blocks is not None:
+            return *self._in_blocks(hidden_eH, normalisers_e, maxima_Ce, width), None
+        logits_eV = self._head.head.logits(hidden_eH)
+        logits_eV[:, self._excluded] = -torch.inf
+        ids_eK, logprobs_eK = top_candidates(logits_eV, normalisers_e, width, asynchronous=self._asynchronous)
+        if not self._is_open or self._request.nucleus is None:
+            return ids_eK, logprobs_eK, None
+        tempered_eV = logits_eV.sub_(normalisers_e[:, None]).div_(self._request.nucleus.temperature)
+        return ids_eK, logprobs_eK, torch.logsumexp(tempered_eV, dim=1)
 
     def _nucleus(
         self, ids_EK: torch.Tensor, logprobs_EK: torch.Tensor, normaliser_E: torch.Tensor | None

@@ -85,13 +85,14 @@ def count_flops(scorer: CausalScorer, lengths: Sequence[int]) -> int:
     """Floating-point operations of scoring documents of these lengths, padding apart."""
     size, head = scorer.backbone.size, scorer.backbone.head
     shift = int(scorer.options.start_id is not None)
+    head_parameters = head.full_vocab_size * head.weight_VH.shape[1]
     flops = 0
-    for window in (window for batch in scorer.plan(lengths) for window in batch):
+    for window in (window for batch in scorer.options.plan(lengths) for window in batch):
         positions = window.num_tokens - 1 + shift
         scored = window.stop - max(window.first_scored, window.start + 1 - shift)
-        flops += 2 * (size.num_matmul_parameters - head.weight_VH.numel()) * positions
+        flops += 2 * (size.num_matmul_parameters - head_parameters) * positions
         flops += 4 * size.attention_width * positions * (positions + 1) // 2
-        flops += 2 * head.weight_VH.numel() * scored
+        flops += 2 * head_parameters * scored
     return flops
 
 

@@ -18,6 +18,7 @@ import torch
 
 from megatron_tokedit.scoring.memory import ChunkLimit
 from megatron_tokedit.scoring.packed import can_pack, pack, packed_linear
+from megatron_tokedit.scoring.vocabulary import VocabularyShard
 
 _CPU_COLUMNS = 1024
 _CPU_ROWS = 512
@@ -34,12 +35,14 @@ class OutputHead:
         bias_V: ``[V]`` or None.
         scale: the logits are multiplied by this.
         softcap: the logits become ``softcap * tanh(logits / softcap)``, after the scale; None: no.
+        shard: the part of the vocabulary that V is here; None: all of it.
     """
 
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    shard: VocabularyShard | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -47,9 +50,14 @@ class OutputHead:
         return self.weight_VH.shape[0]
 
     @property
+    def full_vocab_size(self) -> int:
+        """Real vocabulary of the model, whatever part of it is here."""
+        return self.vocab_size if self.shard is None else self.shard.vocab_size
+
+    @property
     def row_bytes(self) -> int:
         """Peak bytes that one whole row of logits takes."""
-        return self.vocab_size * (_COPIES * 4 + self.copy_bytes)
+        return max(1, self.vocab_size) * (_COPIES * 4 + self.copy_bytes)
 
     @property
     def copy_bytes(self) -> int:
@@ -96,7 +104,7 @@ class TiledHead:
     def __init__(self, head: OutputHead, *, logits_bytes: int) -> None:
         self.head = head
         is_cpu = head.weight_VH.device.type == "cpu"
-        width = min(_CPU_COLUMNS, head.vocab_size) if is_cpu else head.vocab_size
+        width = max(1, min(_CPU_COLUMNS, head.vocab_size) if is_cpu else head.vocab_size)
         self.columns = [
             slice(start, min(start + width, head.vocab_size)) for start in range(0, head.vocab_size, width)
         ]
@@ -134,6 +142,14 @@ class TiledHead:
         Raises:
             PriorError: out of memory even with one row at a time.
         """
+        logits_N, normalisers_N, maxima_CN = self.reduce(hidden_NH, targets_N)
+        logprobs_N = (logits_N - normalisers_N).clamp_(max=0.0)
+        return RowScores(logprobs_N, normalisers_N, maxima_CN)
+
+    def reduce(
+        self, hidden_NH: torch.Tensor, targets_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The targets' logits ``[N]``, and ``normalisers_N`` and ``maxima_CN`` of :class:`RowScores`."""
         hidden_NH = hidden_NH.to(self.head.weight_VH.dtype)
         num_rows, device = len(targets_N), hidden_NH.device
         logits_N = torch.empty(num_rows, device=device)
@@ -148,9 +164,7 @@ class TiledHead:
             return True
 
         self._tile_rows.run(num_rows, score_rows)
-        normalisers_N = torch.logsumexp(sums_CN.log_().add_(maxima_CN), dim=0)
-        logprobs_N = (logits_N - normalisers_N).clamp_(max=0.0)
-        return RowScores(logprobs_N, normalisers_N, maxima_CN)
+        return logits_N, torch.logsumexp(sums_CN.log_().add_(maxima_CN), dim=0), maxima_CN
 
     def _score_rows(
         self,

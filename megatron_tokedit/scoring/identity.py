@@ -42,6 +42,27 @@ class PriorFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class PriorLayout:
+    """How many processes hold one copy of a prior.
+
+    Attributes:
+        tensor: ranks that share every layer.
+        pipeline: stages that share the layers among them.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of a copy."""
+        return self.tensor * self.pipeline
+
+
+ONE_PROCESS = PriorLayout()
+
+
+@dataclass(frozen=True, slots=True)
 class PriorIdentity:
     """What a prior is, from its files alone.
 
@@ -54,7 +75,8 @@ class PriorIdentity:
         max_context_tokens: longest input.
         tokenizer_fingerprint: of the tokenizer it was trained with, where the folder records it.
         start_id: the id that a document follows in the text it was trained on, where the folder records it (a
-            Megatron checkpoint: the end of the document before); None: as the tokenizer says.
+            Megatron checkpoint: the end of the document before, a converted one: what its original has);
+            None: as the tokenizer says.
     """
 
     path: str

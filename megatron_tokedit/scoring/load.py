@@ -15,7 +15,15 @@ from typing import Literal
 import torch
 
 from megatron_tokedit.errors import ConfigError, PriorError
-from megatron_tokedit.scoring.identity import UNLIMITED_TOKENS, Backend, PriorFiles, PriorIdentity, read_files
+from megatron_tokedit.scoring.identity import (
+    ONE_PROCESS,
+    UNLIMITED_TOKENS,
+    Backend,
+    PriorFiles,
+    PriorIdentity,
+    PriorLayout,
+    read_files,
+)
 from megatron_tokedit.scoring.scorer import Backbone, CausalScorer, ScoringOptions
 
 DEFAULT_CONTEXT_TOKENS = 2048
@@ -108,7 +116,7 @@ def scoring_options(
 def load_scorer(
     identity: PriorIdentity, options: ScoringOptions, *, dtype: str = "float32", device: str = "auto"
 ) -> CausalScorer:
-    """Load a prior.
+    """Load a prior into this process; ``replica.load_scorer`` loads one into several.
 
     Args:
         identity: from :func:`identify_prior`.
@@ -125,9 +133,10 @@ def load_scorer(
     check_dtype(identity, dtype)
     backbone: Backbone
     if identity.backend == "megatron":
-        from megatron_tokedit.scoring.megatron import MegatronBackbone
+        from megatron_tokedit.scoring.megatron import MegatronBackbone, load_part
 
-        backbone = MegatronBackbone(identity, dtype=dtype, device=target)
+        model = load_part(identity, dtype=dtype, device=target, layout=ONE_PROCESS)
+        backbone = MegatronBackbone(identity, model, dtype=dtype)
     else:
         from megatron_tokedit.scoring.huggingface import HuggingFaceBackbone
 
@@ -137,8 +146,8 @@ def load_scorer(
     return CausalScorer(backbone, options)
 
 
-def check_dtype(identity: PriorIdentity, dtype: str) -> None:
-    """Refuse a precision that a prior cannot be scored in here, without loading it.
+def check_dtype(identity: PriorIdentity, dtype: str, layout: PriorLayout = ONE_PROCESS) -> None:
+    """Refuse a precision or a layout that a prior cannot be scored in here, without loading it.
 
     Raises:
         ConfigError: with the reason.
@@ -147,8 +156,15 @@ def check_dtype(identity: PriorIdentity, dtype: str) -> None:
     if identity.backend == "megatron":
         from megatron_tokedit.scoring import megatron
 
-        megatron.check_dtype(identity, dtype)
+        megatron.check_dtype(identity, dtype, layout)
         return
+    if layout.num_ranks > 1:
+        raise ConfigError(
+            f"prior_tensor_parallel={layout.tensor}, prior_pipeline_parallel={layout.pipeline}: the Hugging "
+            f"Face prior {identity.path} runs in one process; make a Megatron checkpoint of it and give it:\n"
+            f"  python tools/convert_checkpoint.py --from hf --to megatron --input {identity.path} "
+            "--output CHECKPOINT"
+        )
     from megatron_tokedit.scoring.huggingface import DTYPES
 
     if dtype not in DTYPES:

@@ -29,10 +29,11 @@ import torch
 from megatron_tokedit.errors import ConfigError, PriorError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.scoring.base import CandidateRequest, TokenScores
-from megatron_tokedit.scoring.batches import Batch, RaggedCandidates, make_batch, split_scores
+from megatron_tokedit.scoring.batches import Batch, RaggedCandidates, join_documents, make_batch, split_scores
 from megatron_tokedit.scoring.candidates import WIDENING, CandidateSearch, FoundRows
-from megatron_tokedit.scoring.head import OutputHead, RowScores, TiledHead
+from megatron_tokedit.scoring.head import OutputHead, RowScores
 from megatron_tokedit.scoring.memory import attempt
+from megatron_tokedit.scoring.sharded import make_head, make_search
 from megatron_tokedit.scoring.transfer import Download, upload
 from megatron_tokedit.scoring.windows import Window, plan_batches, plan_windows
 
@@ -92,6 +93,17 @@ class ScoringOptions:
     start_id: int | None
     batch_tokens: int
     logits_bytes: int
+
+    def plan(self, lengths: Sequence[int]) -> Iterator[list[Window]]:
+        """The batches, as lists of windows, in which documents of these lengths are scored."""
+        windows = [
+            window
+            for index, length in enumerate(lengths)
+            for window in plan_windows(
+                index, length, context=self.context_tokens, overlap=self.overlap_tokens
+            )
+        ]
+        return plan_batches(windows, self.batch_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +182,20 @@ class CausalScorer:
         backbone: the model.
         options: windows and batches.
         deferred: select and collect while later batches run (see the module); default: on a GPU.
+        is_alone: no other process takes part in a forward pass: without memory it is repeated in halves.
 
     Raises:
         ConfigError: the context is longer than the model takes, or the overlap not shorter than the context.
     """
 
-    def __init__(self, backbone: Backbone, options: ScoringOptions, *, deferred: bool | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: ScoringOptions,
+        *,
+        deferred: bool | None = None,
+        is_alone: bool = True,
+    ) -> None:
         if options.context_tokens > backbone.max_context_tokens:
             raise ConfigError(
                 f"prior_context={options.context_tokens}: the prior takes at most "
@@ -188,10 +208,11 @@ class CausalScorer:
             )
         self.backbone = backbone
         self.options = options
-        self.vocab_size = backbone.head.vocab_size
+        self.vocab_size = backbone.head.full_vocab_size
         self.max_context_tokens = backbone.max_context_tokens
-        self._head = TiledHead(backbone.head, logits_bytes=options.logits_bytes)
+        self._head = make_head(backbone.head, logits_bytes=options.logits_bytes)
         self._deferred = backbone.device.type == "cuda" if deferred is None else deferred
+        self._is_alone = is_alone
         self._has_warned = False
 
     @property
@@ -202,16 +223,6 @@ class CausalScorer:
         text = f"{self.backbone.fingerprint} {windows}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def plan(self, lengths: Sequence[int]) -> Iterator[list[Window]]:
-        """The batches, as lists of windows, in which documents of these lengths are scored."""
-        context, overlap = self.options.context_tokens, self.options.overlap_tokens
-        windows = [
-            window
-            for index, length in enumerate(lengths)
-            for window in plan_windows(index, length, context=context, overlap=overlap)
-        ]
-        return plan_batches(windows, self.options.batch_tokens)
-
     @torch.inference_mode()
     def score(
         self,
@@ -221,21 +232,20 @@ class CausalScorer:
         on_batch: Callable[[int], None] | None = None,
     ) -> list[TokenScores]:
         """See :class:`megatron_tokedit.scoring.base.Scorer`."""
-        offsets = np.cumsum([0, *(len(ids) for ids in documents)])
-        ids_G = np.concatenate([*documents, np.empty(0, np.int32)])
-        self._check_ids(ids_G)
+        ids_G, offsets = join_documents(documents)
+        self.check_ids(ids_G)
         search = None
         if candidates is not None:
-            search = CandidateSearch(self._head, candidates, asynchronous=self._deferred)
+            search = make_search(self._head, candidates, asynchronous=self._deferred)
         call = _Call(self, candidates, search, ids_G, offsets, on_batch)
-        for windows in self.plan([len(ids) for ids in documents]):
+        for windows in self.options.plan([len(ids) for ids in documents]):
             call.add(windows)
         call.drain()
         width = None if candidates and candidates.nucleus else (search.limit if search else 0)
         return split_scores(call.logprobs_G, call.found, offsets, width)
 
-    def _check_ids(self, ids_G: npt.NDArray[np.int32]) -> None:
-        """Refuse ids that the model does not have."""
+    def check_ids(self, ids_G: npt.NDArray[np.int32]) -> None:
+        """Raise :class:`PriorError` for ids that the model does not have."""
         if len(ids_G) and (ids_G.min() < 0 or ids_G.max() >= self.vocab_size):
             raise PriorError(
                 f"token id {max(ids_G.max(), -ids_G.min())} is outside the prior's vocabulary of "
@@ -295,7 +305,7 @@ class _Call:
         batch = make_batch(windows, self._ids_G, self._offsets, scorer.options.start_id)
         if not len(batch.places_N):
             return
-        launched = attempt(lambda: scorer._launch(batch))
+        launched = attempt(lambda: scorer._launch(batch)) if scorer._is_alone else scorer._launch(batch)
         if launched is None:
             self.drain()  # earlier batches hold memory too
             if len(windows) == 1:

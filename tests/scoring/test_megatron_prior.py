@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
 from megatron_tokedit.engine import inference, preflight
 from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.pipeline import resources
 from megatron_tokedit.scoring.load import check_dtype, identify_prior, load_scorer
 from megatron_tokedit.testing.models import tiny_llama
 
@@ -141,10 +146,58 @@ def test_sizes_that_fp8_products_do_not_take_are_refused(run_folder, monkeypatch
     assert changed != content
     path.write_bytes(changed)
     try:
-        assert any("72" in fault for fault in inference.scoring_faults(path.parent, "fp8_tensorwise"))
+        faults = inference.scoring_faults(path.parent, "fp8_tensorwise")
+        assert any("72" in fault.problem for fault in faults)
         assert inference.scoring_faults(path.parent, "bf16") == []
     finally:
         path.write_bytes(content)
+
+
+def with_state(folder, **changes):
+    """Change a checkpoint's state file, and its record of sizes with it."""
+    for name, change in (("state.json", changes), ("COMPLETE.json", None)):
+        content = orjson.loads((folder / name).read_bytes())
+        if change is None:
+            content["files"]["state.json"] = (folder / "state.json").stat().st_size
+        else:
+            content |= change
+        (folder / name).write_bytes(orjson.dumps(content))
+
+
+def test_what_a_document_follows(run_folder, tmp_path):
+    """The end of the document before, as in training; in a converted checkpoint what its original has."""
+    (step,) = run_folder.glob("checkpoints/step_*")
+    folder = Path(shutil.copytree(step, tmp_path / step.name))
+    assert identify_prior(str(folder)).start_id is None
+    with_state(folder, tokenizer={"eod": 2})
+    assert identify_prior(str(folder)).start_id == 2
+    with_state(folder, start_id=1)
+    assert identify_prior(str(folder)).start_id == 1
+    with_state(folder, start_id=None)
+    assert identify_prior(str(folder)).start_id is None
+
+
+@dataclass
+class FakeTokenizer:
+    bos: int | None
+    prepends_bos: bool
+    prefix_ids: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("start_id", "tokenizer", "want"),
+    [
+        (2, FakeTokenizer(1, prepends_bos=True), 2),
+        (1, FakeTokenizer(1, prepends_bos=True, prefix_ids=(1,)), None),  # the text brings it
+        (None, FakeTokenizer(1, prepends_bos=True), 1),
+        (None, FakeTokenizer(1, prepends_bos=True, prefix_ids=(1,)), None),
+        (None, FakeTokenizer(1, prepends_bos=False), None),
+        (None, FakeTokenizer(None, prepends_bos=False), None),
+    ],
+)
+def test_the_id_before_each_window(run_folder, start_id, tokenizer, want):
+    identity = dataclasses.replace(identify_prior(str(run_folder)), start_id=start_id)
+    assert resources._start_id(tokenizer, identity) == want
 
 
 def test_a_checkpoint_is_a_prior(ranks, tmp_path):
