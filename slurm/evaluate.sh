@@ -11,9 +11,10 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 set -euo pipefail
-# sbatch runs a copy of this file: where the project is, Slurm knows
-TOKEDIT_ROOT="${TOKEDIT_ROOT:-$(scontrol show job "${SLURM_JOB_ID:?start it with sbatch}" --oneliner | sed -nE '1s|.* Command=(/.*)/slurm/[a-z_]+\.sh.* WorkDir=.*|\1|p')}"
-: "${TOKEDIT_ROOT:?the project is not found: submit a script of its slurm/ folder, or set TOKEDIT_ROOT}"
+# sbatch runs a copy of this file: where the project is, Slurm knows; a relative path starts where sbatch was called
+TOKEDIT_ROOT="${TOKEDIT_ROOT:-$({ cd "${SLURM_SUBMIT_DIR:-.}"; cd "$(scontrol show job "${SLURM_JOB_ID:?start it with sbatch}" --oneliner |
+    sed -nE '1s|.* Command=(.*)evaluate\.sh.* WorkDir=.*|\1./..|p')"; } >/dev/null && pwd)}" || true
+[[ -f "$TOKEDIT_ROOT/slurm/lib.sh" ]] || { echo "the project is not found in ${TOKEDIT_ROOT:-/}: submit a script of its slurm/ folder, or set TOKEDIT_ROOT" >&2; exit 1; }
 # shellcheck source=slurm/lib.sh
 source "$TOKEDIT_ROOT/slurm/lib.sh"
 

@@ -105,7 +105,7 @@ class FakeSlurm:
             return subprocess.Popen(
                 ["bash", str(copy), *arguments],
                 cwd=self.folder,
-                env=self.environment | {"FAKE_COMMAND": " ".join([str(original), *arguments])},
+                env={"FAKE_COMMAND": " ".join([str(original), *arguments])} | self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

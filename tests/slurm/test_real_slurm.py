@@ -29,6 +29,7 @@ from slurm_runs import (
     write_config,
 )
 
+pytestmark = pytest.mark.alone
 SUBMIT = ROOT / "tools" / "submit.py"
 
 

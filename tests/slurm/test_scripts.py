@@ -234,6 +234,15 @@ def test_usage(slurm: FakeSlurm, script: str) -> None:
     assert not slurm.calls("srun")
 
 
+@pytest.mark.parametrize(("called_in", "path"), [("tests/slurm", "../../slurm/"), ("slurm", "")])
+def test_the_project_is_found_from_a_relative_path(slurm: FakeSlurm, called_in: str, path: str) -> None:
+    slurm.environment["SLURM_SUBMIT_DIR"] = str(ROOT / called_in)
+    slurm.environment["FAKE_COMMAND"] = f"{path}pretrain_edited.sh run.yaml"
+    assert "slurm: " in slurm.run("pretrain_edited.sh", "run.yaml")
+    slurm.environment["FAKE_COMMAND"] = "/elsewhere/pretrain_edited.sh run.yaml"
+    assert "the project is not found" in slurm.run("pretrain_edited.sh", "run.yaml", code=1)
+
+
 def test_a_script_outside_a_job_says_so(slurm: FakeSlurm) -> None:
     del slurm.environment["SLURM_JOB_ID"]
     assert "SLURM_JOB_ID" in slurm.run("pretrain_edited.sh", "run.yaml", code=1)
