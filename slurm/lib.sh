@@ -68,6 +68,7 @@ job="${job:-${SLURM_JOB_ID:?not inside a Slurm job: start it with sbatch}}"
 restart="${SLURM_RESTART_COUNT:-0}"
 nodes="${SLURM_JOB_NUM_NODES:-1}"
 export TOKEDIT_RANKS_ARE_ASKED_FOR="${RANKS_PER_NODE:+1}" RANKS_PER_NODE="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+[[ "$RANKS_PER_NODE" =~ ^[1-9][0-9]*$ ]] || fail "RANKS_PER_NODE=$RANKS_PER_NODE: expected the number of ranks on a node"
 export TOKEDIT_EXPECTED_NODES="$nodes" TOKEDIT_EXPECTED_WORLD_SIZE=$((nodes * RANKS_PER_NODE))
 
 # The address Slurm itself uses for a node, which need not be its name; found here, outside any container.
@@ -118,8 +119,7 @@ assignments() { grep -E '^[a-z_]+=' <<<"$1" || true; }
 
 # --- steps --------------------------------------------------------------------------------------------------------
 # begin STAGE CONFIG [OVERRIDE...]: says where the run is; refuses a job that does not fit its configuration, and one that
-# was started again twice without progress. Sets run_dir, log_dir, missing_sources,
-# complete, progress, run_stage, gpu_type.
+# was started again twice without progress. Sets run_dir, log_dir, missing_sources, complete, progress, run_stage, gpu_type.
 begin() {
     stage="$1"
     shift
@@ -159,7 +159,8 @@ run_step() {
     launch "$nodes" --job-name="$step_name" -- "$@" 2>"$srun_log" &
     step=$!
     [[ -z "$interrupted" ]] || ask_to_stop
-    tail -q -n +1 -s 0.5 -F --pid="$step" "$srun_log" "$head_log" 2>/dev/null &
+    # scancel's TERM comes to the whole batch step, and what the ranks say of the checkpoint that they save then is to be seen
+    (trap "" TERM USR1; exec tail -q -n +1 -s 0.5 -F --pid="$step" "$srun_log" "$head_log" 2>/dev/null) &
     local tail=$!
     # a trapped signal ends `wait` early, and with its own status: wait until the step itself is over, then ask for its status
     wait "$step" || true
@@ -174,15 +175,21 @@ run_step() {
 # A step that stopped in order leaves word of it, and the run goes on: queue the job again. One that failed names its
 # nodes and shows their last lines.
 end_step() {
-    local status="$1" continue=0
+    local status="$1" continue=0 killed=''
     if [[ -n "$terminated" ]]; then
         say "step $step_name ended as Slurm ends the job"
         exit 143
     fi
     if [[ "$step_name" == train || "$step_name" == prepare ]]; then
         local found
-        found="$(tool slurm_job.py end "$stage" --config "${run[@]}")" || fail "whether $step_name is to go on is not known: see above"
+        found="$(tool slurm_job.py end "$stage" --config "${run[@]}")" || ((status)) || fail "whether $step_name is to go on is not known: see above"
         eval "$(assignments "$found")"
+        # a node's process that died by itself: the others saved because of that, and it is no order to go on
+        killed="$(grep -m 1 -E '^srun: error: [^:]+: tasks? ' "$log_dir/$step_name-srun.log" 2>/dev/null | sed -nE '/: (Killed|Aborted|Segmentation|Bus|Floating|Illegal)/s/^srun: error: //p')" || true
+        if ((continue)) && [[ -n "$killed" && -z "$interrupted" ]]; then
+            say "$run_dir: $progress"
+            continue=0
+        fi
         if ((continue)); then
             interrupted="${interrupted:-$step_name stopped in order}"
             say "$run_dir: $progress"
@@ -193,7 +200,7 @@ end_step() {
     requeue_if_interrupted
     local failed=() node reason
     mapfile -t failed < <(sed -nE 's/^srun: error: ([^:]+): tasks? .*: (Exited|Killed|Terminated|Aborted|Segmentation|Bus|Floating|Illegal).*/\1/p
-        s/^srun: error: (Node failure on|Timed out waiting for.* on) ([^ ]+).*/\2/p' "$log_dir/$step_name-srun.log")
+        s/^srun: error: (Node failure on|Timed out waiting for.* on) ([^ ]+).*/\2/p' "$log_dir/$step_name-srun.log" 2>/dev/null)
     for node in "${failed[@]:0:3}"; do
         [[ "$node" != "$head_node" ]] || continue
         say "last lines of node $node ($log_dir/$step_name-$node.log):"
@@ -201,6 +208,8 @@ end_step() {
     done
     # what our programs, and torchrun of a rank that was killed, say in one line
     reason="$(grep -h -m 1 -E '^error: |Signal [0-9]+ \(' "$log_dir/$step_name-${failed[0]:-$head_node}.log" 2>/dev/null | sed -E 's/^ *(traceback *: )?//')" || true
+    reason="${reason:-$killed}"
+    [[ -d "$log_dir" ]] || reason="$log_dir was removed, or its file system is gone, while the job ran"
     say "step $step_name FAILED (exit code $status)${failed[*]:+, first on ${failed[0]}}${reason:+: $reason}; logs: $log_dir"
     exit "$status"
 }
@@ -208,10 +217,13 @@ end_step() {
 requeue_if_interrupted() {
     [[ -n "$interrupted" ]] || return 0
     # a job that its user has cancelled would be brought back to life
-    local state=''
-    [[ -n "$terminated" ]] || state="$(insist scontrol show job "$job" --oneliner | sed -nE '1s/.* JobState=([A-Z_]+) .*/\1/p')"
-    if [[ -n "$terminated" || ! "$state" =~ ^(RUNNING|SIGNALING)$ ]]; then
-        say "not queued again from here: Slurm is ending this job (${state:-by TERM})"
+    local shown=''
+    if [[ -z "$terminated" ]]; then
+        shown="$(insist scontrol show job "$job" --oneliner)" ||
+            fail "not queued again: Slurm does not say what becomes of this job; submit it again by hand, it goes on where it stopped"
+    fi
+    if [[ ! "$shown" =~ \ JobState=(RUNNING|SIGNALING)\  ]]; then
+        say "not queued again from here: Slurm is ending this job"
         exit 143
     fi
     say "requeue: $interrupted"
