@@ -197,13 +197,19 @@ def _run(argv: Sequence[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a conversion is the work of one process; start it without torchrun")
     output = Path(arguments.output)
+    if output.is_symlink():
+        output = output.resolve()  # a link stays, and the folder appears where it leads
     source, target = _directions(arguments)
-    refuse_output(output, Path(arguments.input), overwrite=arguments.overwrite)
+
+    def refuse() -> None:
+        refuse_output(output, Path(arguments.input), overwrite=arguments.overwrite)
+
+    refuse()
     model = _open(arguments, source)
     logger.info("%s", _describe(model, target))
     if arguments.dry_run:
         return
-    with staged(output) as staging:
+    with staged(output, before_naming=refuse) as staging:  # others may have written there meanwhile
         before, started = _peak_bytes(), time.perf_counter()
         with _progress(model.num_bytes, quiet=arguments.quiet) as on_bytes:
             _write(model, staging, output, on_bytes)

@@ -121,9 +121,27 @@ def _settings(arguments: argparse.Namespace) -> GenerationSettings:
     )
     if arguments.num_samples < 1 or arguments.first_sample < 0:
         raise ConfigError("--num-samples: expected at least 1; --first-sample: at least 0")
+    if arguments.first_sample + arguments.num_samples > 1 << 64:
+        raise ConfigError("--first-sample: expected less than 2**64 with all samples")
     if settings.is_greedy and arguments.num_samples > 1:
         raise ConfigError("--num-samples: --temperature 0 writes the same text every time; give one of them")
     return settings
+
+
+def _refuse_output(arguments: argparse.Namespace) -> None:
+    """Refuse a file that could not be written in the end, or that the prompts come from.
+
+    Raises:
+        ConfigError: such a file.
+    """
+    if arguments.output in (None, "-"):
+        return
+    output = Path(arguments.output)
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; give the name of a file")
+    source = arguments.prompt_file
+    if source is not None and output.exists() and Path(source).exists() and output.samefile(source):
+        raise ConfigError(f"--output {output}: is the --prompt-file, which it would replace; give another")
 
 
 def _prompt_texts(arguments: argparse.Namespace) -> Iterator[str]:
@@ -143,9 +161,12 @@ def _prompt_texts(arguments: argparse.Namespace) -> Iterator[str]:
 def _lines_of(path: str, json_key: str) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
+            number = 0
             for number, line in enumerate(file, 1):
                 line = line.removesuffix("\n").removesuffix("\r")
                 yield _json_prompt(line, json_key, f"{path}:{number}") if path.endswith(".jsonl") else line
+        if not number:
+            raise DataFormatError(f"{path}: is empty; there are no prompts in it")
     except UnicodeDecodeError as error:
         raise DataFormatError(f"{path}: is not UTF-8 text ({error})") from error
     except OSError as error:
@@ -245,10 +266,13 @@ def _run(argv: Sequence[str]) -> None:
     parser = _parser()
     arguments = parser.parse_args(argv)
     has_prompts = arguments.prompt is not None or arguments.prompt_file is not None
+    if sys.stdin is None and not has_prompts:
+        parser.error("standard input is closed; give --prompt or --prompt-file")
     converses = arguments.interactive or (not has_prompts and sys.stdin.isatty())
     if converses and arguments.output is not None:
         parser.error("--output: a conversation is not written to a file; give --prompt or --prompt-file")
     settings = _settings(arguments)
+    _refuse_output(arguments)
 
     from megatron_tokedit.generation import load_text_model
 

@@ -49,9 +49,9 @@ def talk(
         samples = range(next_sample, next_sample + num_samples)
         next_sample = samples.stop
         screen = Screen(model, samples, has_headings=num_samples > 1)
-        prompt = Prompt(model.prompt_ids(text, document_start=document_start), samples, text)
         on_text = screen.add if sys.stdout.isatty() else None
         try:
+            prompt = Prompt(model.prompt_ids(text, document_start=document_start), samples, text)
             for _ in screen.show(generate(model, [prompt], settings, on_text=on_text)):
                 pass
         except KeyboardInterrupt:

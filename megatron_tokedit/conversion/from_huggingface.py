@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import yaml
 from megatron_tokedit.config.model import ModelConfig, ParallelConfig
 from megatron_tokedit.conversion.architecture import EMBEDDING, Architecture, Entry, join_rows
 from megatron_tokedit.conversion.layouts import VOCABULARY, Sizes
+from megatron_tokedit.conversion.output_folder import CONTINUE_FILE, TOKENIZER_FOLDER
 from megatron_tokedit.conversion.registry import architecture_of
 from megatron_tokedit.conversion.safetensors_files import StoredTensor, list_tensors, read_tensor
 from megatron_tokedit.conversion.settings import layout_faults, read_settings, refuse
@@ -41,8 +43,6 @@ from megatron_tokedit.tokenizers import Tokenizer, tokenizer_spec
 
 logger = get_logger(__name__)
 
-TOKENIZER_FOLDER = "tokenizer"
-CONTINUE_FILE = "continue.yaml"
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPARED_BYTES = 64 << 20
 _RECORDED_PACKAGES = ("megatron_tokedit", "torch", "megatron-core", "transformers")
@@ -130,7 +130,10 @@ def open_published(
     faults += vocabulary_faults(tokenizer, config.vocab_size) + layout_faults(model, parallel)
     refuse(folder, "cannot be converted", faults)
     _warn_of_ids(tokenizer, config)
-    stored = {name: tensors[entry.theirs[0]].dtype for name, entry in entries.items()}
+    stored = {
+        name: reduce(torch.promote_types, (tensors[part].dtype for part in entry.theirs))
+        for name, entry in entries.items()
+    }
     dtypes = {
         name: dtype or (torch.float32 if kind == torch.float16 else kind) for name, kind in stored.items()
     }

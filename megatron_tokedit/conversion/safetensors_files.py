@@ -138,9 +138,15 @@ def _weight_files(folder: Path) -> tuple[dict[str, set[str]], list[str]]:
             files: dict[str, set[str]] = {}
             for name, file in places.items():
                 files.setdefault(str(file), set()).add(name)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index}: not an index of safetensors files ({error!r})") from error
-        return files, []
+        faults = []
+        if SINGLE_FILE not in files and (folder / SINGLE_FILE).is_file():
+            faults.append(
+                f"{folder}: holds {SINGLE_FILE}, which transformers would load, and {INDEX_FILE} of other "
+                "files: remove what is out of date"
+            )
+        return files, faults
     if (folder / SINGLE_FILE).is_file():
         return {SINGLE_FILE: set()}, []
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
@@ -239,12 +245,18 @@ class ShardWriter:
         """Write the next tensor.
 
         Raises:
-            CheckpointError: the disk is full, or the like.
+            CheckpointError: the disk is full, or the like; or a value that the dtype cannot hold.
         """
         assert name == self._pending.pop(0), f"{name} is not the next tensor"
         assert tuple(tensor.shape) == self._shapes[name]
+        kept = tensor.to(self._dtype)
+        if kept.dtype != tensor.dtype and kept.isfinite().sum() != tensor.isfinite().sum():
+            raise CheckpointError(
+                f"tensor {name}: has values up to {tensor.abs().max():.3g}, which {_NAMES[self._dtype]} "
+                "cannot hold; give --dtype float32 or bfloat16"
+            )
         try:
-            self._write(name, tensor)
+            self._write(name, kept)
         except OSError as error:
             raise CheckpointError(f"{self._folder}: cannot be written: {error.strerror}") from error
 
@@ -252,7 +264,7 @@ class ShardWriter:
         if self._num_opened < len(self._shards) and name == self._shards[self._num_opened][0]:
             self._close()
             self._open()
-        data = _bytes_of(tensor.to(self._dtype).contiguous())
+        data = _bytes_of(tensor.contiguous())
         while data:  # a system call writes 2 GiB at most
             count = self._file.write(data)
             data = data[count:]

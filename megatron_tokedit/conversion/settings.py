@@ -136,11 +136,17 @@ def hugging_face_config(
         fields["rope_parameters"] = write_rope(model)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | dict(token_ids or {})
     config_class = CONFIG_MAPPING[architecture.model_types[0]]
-    return config_class(
-        vocab_size=vocab_size,
-        architectures=[architecture.class_name],
-        **{**fields, **ids, **more},
-    )
+    try:
+        return config_class(
+            vocab_size=vocab_size,
+            architectures=[architecture.class_name],
+            **{**fields, **ids, **more},
+        )
+    except Exception as error:  # transformers' own checks, such as of heads that do not divide the width
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"family {model.family}: no Hugging Face model computes this: {reason[:500]}"
+        ) from error
 
 
 def _shown(value: Any) -> str:

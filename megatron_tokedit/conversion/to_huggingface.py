@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from megatron_tokedit.conversion.architecture import Architecture, Entry
-from megatron_tokedit.conversion.from_huggingface import TOKENIZER_FOLDER
 from megatron_tokedit.conversion.layouts import Sizes
+from megatron_tokedit.conversion.output_folder import TOKENIZER_FOLDER
 from megatron_tokedit.conversion.registry import ARCHITECTURES
 from megatron_tokedit.conversion.safetensors_files import MAX_SHARD_BYTES, ShardWriter
 from megatron_tokedit.conversion.settings import hugging_face_config, hugging_face_faults, refuse
@@ -30,7 +30,10 @@ from megatron_tokedit.conversion.tokenizer_files import (
 )
 from megatron_tokedit.engine.streamed_checkpoint import StoredWeights
 from megatron_tokedit.errors import TokenizerError
+from megatron_tokedit.log import get_logger
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
+
+logger = get_logger(__name__)
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -104,6 +107,7 @@ def open_trained(
     """
     weights = StoredWeights(path)
     refuse(weights.folder, "no Hugging Face model computes this", hugging_face_faults(weights.model))
+    hugging_face_config(weights.model, weights.vocab_size)
     architecture = ARCHITECTURES[weights.model.family]
     entries = architecture.entries(weights.model)
     assert {entry.ours for entry in entries} == weights.outline.shapes.keys()
@@ -156,13 +160,13 @@ def write_hugging_face_folder(
         CheckpointError: a file cannot be read or written.
         TokenizerError: the tokenizer cannot be copied.
     """
+    _write_settings(trained, folder)  # the weights last: what can be wrong is known before they are read
+    write_tokenizer(trained.tokenizer, folder, trained.start_id)
     with ShardWriter(folder, trained.shapes, trained.dtype, max_shard_bytes=max_shard_bytes) as writer:
         for entry, ours in _weights(trained):
             on_bytes(ours.nbytes)
             for name, part in zip(entry.theirs, entry.layout.split(ours, trained.sizes), strict=True):
                 writer.write(name, part)
-    _write_settings(trained, folder)
-    write_tokenizer(trained.tokenizer, folder, trained.start_id)
 
 
 def _weights(trained: TrainedModel) -> Iterator[tuple[Entry, torch.Tensor]]:
@@ -188,11 +192,27 @@ def _write_settings(trained: TrainedModel, folder: Path) -> None:
         dtype=str(trained.dtype).removeprefix("torch."),
     )
     config.save_pretrained(folder)
+    _add_old_rope_settings(folder / CONFIG_FILE)
     generation = GenerationConfig(**ids)
     if origin is not None and (origin / GENERATION_FILE).is_file():
-        generation = GenerationConfig.from_pretrained(origin)
+        try:
+            generation = GenerationConfig.from_pretrained(origin)
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s: left out: %s", origin / GENERATION_FILE, " ".join(str(error).split())[:300])
         generation.bos_token_id = ids["bos_token_id"]
     generation.save_pretrained(folder)
+
+
+def _add_old_rope_settings(file: Path) -> None:
+    """Say the rotary positions in the words of transformers 4 too, which reads no ``rope_parameters`` and
+    would rotate by its default base, without a warning; transformers 5 takes either.
+    """
+    content = json.loads(file.read_text())
+    if rope := content.get("rope_parameters"):
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        content["rope_theta"] = rope["rope_theta"]
+        content["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _origin_folder(trained: TrainedModel) -> Path | None:

@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", SENTENCEPIECE_FILE, "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -108,7 +108,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, start: int | None) -> No
     if (folder / "tokenizer.json").is_file():
         if load_tokenizer("HuggingFaceTokenizer", str(folder)).prefix_ids == prefix:
             return
-        for name in _FILES:
+        for name in TOKENIZER_FILES:
             if name != SENTENCEPIECE_FILE:
                 (folder / name).unlink(missing_ok=True)
     _write_fast_tokenizer(tokenizer, folder, start)
@@ -119,7 +119,7 @@ def _copy_files(tokenizer: Tokenizer, folder: Path) -> None:
     if place.is_file():
         shutil.copyfile(place, folder / SENTENCEPIECE_FILE)
     elif place.is_dir():
-        for name in _FILES:
+        for name in TOKENIZER_FILES:
             if (place / name).is_file():
                 shutil.copyfile(place / name, folder / name)
     else:

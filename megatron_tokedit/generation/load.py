@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tokedit.engine import checkpoint_folder, preflight
-from megatron_tokedit.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_tokedit.errors import CheckpointError, ConfigError, DataFormatError, TokenizerError
 from megatron_tokedit.generation.base import Decoder
 from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer, tokenizer_spec
 
@@ -54,7 +54,14 @@ class TextModel:
             text: may be empty, with a document start.
             document_start: put in front what stood before every document in training; False: nothing, for a
                 text that is taken from the middle of a document.
+
+        Raises:
+            DataFormatError: the text is not Unicode: bytes that were not UTF-8.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python keeps such bytes of its arguments as lone surrogates
+            raise DataFormatError(f"the prompt {text[:80]!r} is not UTF-8 text ({error.reason})") from error
         ids = self.tokenizer.encode(text)
         prefix, suffix = self.tokenizer.prefix_ids, self.tokenizer.suffix_ids
         if suffix and tuple(ids[-len(suffix) :]) == suffix:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from megatron_tokedit.errors import ConfigError
 
+_LEAST_TEMPERATURE = 1e-6
+"""Logits divided by less are not finite in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
@@ -50,6 +53,10 @@ class GenerationSettings:
                 faults.append(f"{name}: {value}, expected at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
             faults.append(f"temperature: {self.temperature}, expected 0 (greedy) or a finite number above it")
+        elif 0.0 < self.temperature < _LEAST_TEMPERATURE:
+            faults.append(
+                f"temperature: {self.temperature}, expected 0 (greedy) or at least {_LEAST_TEMPERATURE:g}"
+            )
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             faults.append(f"top_p: {self.top_p}, expected a share above 0 and at most 1")
         if not 0 <= self.seed < 2**64:

@@ -218,6 +218,12 @@ def test_a_converted_model_writes_what_its_original_writes(tmp_path: Path) -> No
         (["--prompt-file", "/no/such"], "/no/such: cannot be read"),
         (["--prompt-file", "{bad}"], "bad.jsonl:2: has no text under the key 'prompt'"),
         (["--prompt-file", "{binary}"], "is not UTF-8 text"),
+        (["--prompt-file", "{empty}"], "empty.txt: is empty; there are no prompts in it"),
+        (["--prompt", "a\udcff"], "the prompt 'a\\udcff' is not UTF-8 text"),
+        (["--prompt", "a", "--temperature", "1e-38"], "temperature: 1e-38, expected 0 (greedy) or at least"),
+        (["--prompt", "a", "--first-sample", str(1 << 64)], "--first-sample: expected less than 2**64"),
+        (["--prompt", "a", "--output", "{folder}"], "is a folder; give the name of a file"),
+        (["--prompt-file", "{bad}", "--output", "{bad}"], "bad.jsonl: is the --prompt-file, which it would"),
         (["--prompt", "a", "--checkpoint", "/no/such"], "/no/such: no such folder"),
     ],
 )
@@ -226,7 +232,9 @@ def test_faults(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "binary.txt").write_bytes(b"a\xff\n")
+    (tmp_path / "empty.txt").touch()
     places = {"bad": tmp_path / "bad.jsonl", "binary": tmp_path / "binary.txt"}
+    places |= {"empty": tmp_path / "empty.txt", "folder": tmp_path}
     output = ["--output", str(tmp_path / "out.jsonl")]
     arguments = [argument.format(**places) for argument in arguments]
     assert main(["--quiet", "--checkpoint", str(run_folder), *output, *arguments]) == 1
@@ -259,3 +267,15 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; import megatron_tokedit.cli.generate as g; g._parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_standard_input_that_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    for more in ([], ["--interactive"]):
+        with pytest.raises(SystemExit) as end:
+            main(["--checkpoint", "x", *more])
+        assert end.value.code == 2
+    assert "standard input is closed" in capsys.readouterr().err
+    assert main(["--checkpoint", "/no/such", "--prompt", "a"]) == 1

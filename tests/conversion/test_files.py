@@ -108,3 +108,42 @@ def test_what_is_not_replaced(tmp_path):
     for output in (trained, other):
         with pytest.raises(CheckpointError, match="--overwrite does not replace it"):
             refuse_output(output, source, overwrite=True)
+    make(published, "checkpoint-500/optimizer.pt")  # a trainer's output folder
+    make(converted, "tensorboard/events")  # a run that began there
+    for output in (published, converted):
+        with pytest.raises(CheckpointError, match="--overwrite does not replace it"):
+            refuse_output(output, source, overwrite=True)
+    for output in (Path(), Path("/")):
+        with pytest.raises(CheckpointError, match="has no name of its own"):
+            refuse_output(output, source, overwrite=True)
+
+
+def test_what_appears_while_it_is_written_stays(tmp_path):
+    output, source = tmp_path / "out", make(tmp_path / "in", "config.json")
+
+    def refuse() -> None:
+        refuse_output(output, source, overwrite=False)
+
+    def convert() -> None:
+        with staged(output, before_naming=refuse) as folder:
+            (folder / "ours").touch()
+            make(output, "theirs")
+
+    with pytest.raises(CheckpointError, match="exists; give another folder"):
+        convert()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert [path.name for path in output.iterdir()] == ["theirs"]
+    (tmp_path / "new.partial").touch()
+    with pytest.raises(CheckpointError, match=r"new\.partial: is in the way"), staged(tmp_path / "new"):
+        pass
+
+
+def test_two_conversions_into_one_folder(tmp_path):
+    with staged(tmp_path / "out") as folder:
+        (folder / "first").touch()
+        with (
+            pytest.raises(CheckpointError, match="another conversion is writing it"),
+            staged(tmp_path / "out"),
+        ):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]

@@ -122,6 +122,8 @@ def test_tensors(ranks, tmp_path, sources):
         "pickle": copy(sources, tmp_path / "7"),
         "nothing": copy(sources, tmp_path / "8"),
         "index": copy(sources, tmp_path / "9"),
+        "list": copy(sources, tmp_path / "10"),
+        "both": copy(sources, tmp_path / "11"),
     }
     file = "model.safetensors"
     content = (folders["truncated"] / file).read_bytes()
@@ -134,6 +136,10 @@ def test_tensors(ranks, tmp_path, sources):
     (folders["nothing"] / file).unlink()
     places = {"model.norm.weight": file, "lm_head.weight": "model-2.safetensors", "model.gone.weight": file}
     (folders["index"] / f"{file}.index.json").write_text(json.dumps({"weight_map": places}))
+    (folders["list"] / f"{file}.index.json").write_text("[]")
+    shutil.copyfile(folders["both"] / file, folders["both"] / "model-1.safetensors")
+    places = dict.fromkeys(cases.tensors_of(sources["llama"]), "model-1.safetensors")
+    (folders["both"] / f"{file}.index.json").write_text(json.dumps({"weight_map": places}))
     shown = refused(ranks, tmp_path, {name: (folder, ()) for name, folder in folders.items()})
     assert "cannot be converted: 4 problems" in shown["all"]
     for fault in (
@@ -152,6 +158,9 @@ def test_tensors(ranks, tmp_path, sources):
     assert "holds neither model.safetensors nor model.safetensors.index.json" in shown["nothing"]
     assert "no tensor model.gone.weight, which model.safetensors.index.json has there" in shown["index"]
     assert "model-2.safetensors: cannot be read: No such file" in shown["index"]
+    assert "not an index of safetensors files" in shown["list"]
+    assert "cannot be converted: 1 problem" in shown["both"]
+    assert "holds model.safetensors, which transformers would load, and" in shown["both"]
 
 
 def test_tokenizers_layouts_and_flags(ranks, tmp_path, sources):
@@ -264,7 +273,7 @@ def test_a_full_disk(ranks, tmp_path, sources):
     assert "cannot be written" in shown[0][1]
     assert "File too large" in shown[1][1]
     assert "a writing thread failed: [Errno 28] No space left on device" in shown[2][1]
-    assert "tensors were not written" in shown[2][1]
+    assert "tensors and objects were not written" in shown[2][1]
 
 
 def damaged_checkpoints(folder, source):
@@ -314,3 +323,37 @@ def test_checkpoints(ranks, tmp_path, sources):
     assert "neither a Hugging Face model folder" in cut[1] or "has no complete checkpoint" in cut[1]
     assert not is_there
     assert not partial
+
+
+def test_what_goes_wrong_on_the_way_back(ranks, tmp_path, sources):
+    """Values that float16 cannot hold, heads that do not divide the width, broken generation settings."""
+    import torch
+    from safetensors.torch import save_file
+
+    large = copy(sources, tmp_path / "large")
+    tensors = cases.tensors_of(large)
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"hidden_size": 20, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 6}
+    uneven = cases.write_published(tmp_path / "uneven", "mistral", num_hidden_layers=1, **sizes)
+    broken = copy(sources, tmp_path / "broken")
+    (broken / "generation_config.json").write_text("{")
+    folders = (large, uneven, broken)
+    calls = [("--input", folder, "--output", f"{folder}-made") for folder in folders]
+    calls += [("--input", f"{folder}-made", "--output", f"{folder}-back") for folder in folders]
+    calls += [("--input", f"{large}-made", "--output", tmp_path / "half", "--dtype", "float16")]
+    ((*made, (back, _), (heads, no_model), (kept, warned), (half, shown)),) = ranks.run(
+        cases.convert_all, calls, world_size=1
+    )
+    assert [code for code, _ in made] == [0, 0, 0], made
+    assert (back, heads, kept, half) == (0, 1, 0, 1), (no_model, warned, shown)
+    assert "no Hugging Face model computes this" in no_model
+    assert "not a multiple of the number of attention heads" in no_model
+    assert "generation_config.json: left out: " in warned
+    assert json.loads((tmp_path / "broken-back" / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert "tensor model.norm.weight: has values up to 1e+05, which F16 cannot hold" in shown
+    assert not (tmp_path / "half").exists()
+    assert not list(tmp_path.glob("*.partial"))
+    assert torch.equal(
+        cases.tensors_of(tmp_path / "large-back")["model.norm.weight"], tensors["model.norm.weight"]
+    )

@@ -50,6 +50,10 @@ def test_same_logits_and_same_bits(ranks, tmp_path, name):
     changed = {key for key in source.keys() | again.keys() if source.get(key) != again.get(key)}
     names = {"mistral": {"architectures", "model_type"}}.get(name, set())
     explicit = {"n_inner", "head_dim", "attention_bias", "mlp_bias", "pretraining_tp"} | {"sliding_window"}
+    explicit |= {"rope_theta", "rope_scaling"}
+    if name != "gpt2" and name != "gpt2-untied":  # as transformers 4 reads it
+        assert again["rope_theta"] == source["rope_parameters"]["rope_theta"]
+        assert (again["rope_scaling"] or {}).get("factor") == source["rope_parameters"].get("factor")
     assert changed <= names | explicit, {key: (source.get(key), again.get(key)) for key in changed}
 
 
@@ -185,3 +189,24 @@ def test_a_real_model_keeps_its_perplexity(ranks, tmp_path):
     assert back == before
     again = load_tokenizer("HuggingFaceTokenizer", str(tmp_path / "back"))
     assert again.fingerprint == load_tokenizer("HuggingFaceTokenizer", str(STORIES)).fingerprint
+
+
+def mixed_dtypes(folder):
+    """Queries in bfloat16 beside keys in float32: which of their bits come back."""
+    import torch
+    from safetensors.torch import save_file
+
+    source = cases.write_published(folder / "source", "llama", num_hidden_layers=1)
+    tensors = cases.tensors_of(source)
+    queries = "model.layers.0.self_attn.q_proj.weight"
+    tensors[queries] = tensors[queries].bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for origin, target in (("source", "made"), ("made", "back")):
+        code, shown = cases.convert("--input", folder / origin, "--output", folder / target)
+        assert code == 0, shown
+    back = cases.tensors_of(folder / "back")
+    return [name for name, tensor in tensors.items() if not torch.equal(tensor.float(), back[name])]
+
+
+def test_parts_of_different_dtypes(ranks, tmp_path):
+    assert ranks.run(mixed_dtypes, tmp_path, world_size=1) == [[]]
