@@ -13,6 +13,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
+trap told_early=1 USR1     # until lib.sh answers it: it must not end the job
 # sbatch runs a copy of this file: where the project is, Slurm knows; a relative path starts where sbatch was called
 TOKEDIT_ROOT="${TOKEDIT_ROOT:-$({ cd "${SLURM_SUBMIT_DIR:-.}"; cd "$(scontrol show job "${SLURM_JOB_ID:?start it with sbatch}" --oneliner |
     sed -nE '1s|.* Command=(.*)continual_pretrain\.sh.* WorkDir=.*|\1./..|p')"; } >/dev/null && pwd)}" || true

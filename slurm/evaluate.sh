@@ -11,6 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 set -euo pipefail
+trap told_early=1 USR1     # until lib.sh answers it: it must not end the job
 # sbatch runs a copy of this file: where the project is, Slurm knows; a relative path starts where sbatch was called
 TOKEDIT_ROOT="${TOKEDIT_ROOT:-$({ cd "${SLURM_SUBMIT_DIR:-.}"; cd "$(scontrol show job "${SLURM_JOB_ID:?start it with sbatch}" --oneliner |
     sed -nE '1s|.* Command=(.*)evaluate\.sh.* WorkDir=.*|\1./..|p')"; } >/dev/null && pwd)}" || true

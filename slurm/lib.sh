@@ -62,6 +62,7 @@ on_term() {
 # --- the job ------------------------------------------------------------------------------------------------------
 trap on_usr1 USR1
 trap on_term TERM
+[[ -z "${told_early:-}" ]] || on_usr1
 # An array task is ARRAY_TASK: its plain number may stand for the whole array.
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
 job="${job:-${SLURM_JOB_ID:?not inside a Slurm job: start it with sbatch}}"
@@ -180,12 +181,12 @@ end_step() {
         say "step $step_name ended as Slurm ends the job"
         exit 143
     fi
+    # a node's process that died by itself: where others saved because of it, that is no order to go on
+    killed="$(grep -m 1 -E '^srun: error: [^:]+: tasks? ' "$log_dir/$step_name-srun.log" 2>/dev/null | sed -nE '/: (Killed|Aborted|Segmentation|Bus|Floating|Illegal)/s/^srun: error: //p')" || true
     if [[ "$step_name" == train || "$step_name" == prepare ]]; then
         local found
         found="$(tool slurm_job.py end "$stage" --config "${run[@]}")" || ((status)) || fail "whether $step_name is to go on is not known: see above"
         eval "$(assignments "$found")"
-        # a node's process that died by itself: the others saved because of that, and it is no order to go on
-        killed="$(grep -m 1 -E '^srun: error: [^:]+: tasks? ' "$log_dir/$step_name-srun.log" 2>/dev/null | sed -nE '/: (Killed|Aborted|Segmentation|Bus|Floating|Illegal)/s/^srun: error: //p')" || true
         if ((continue)) && [[ -n "$killed" && -z "$interrupted" ]]; then
             say "$run_dir: $progress"
             continue=0

@@ -15,6 +15,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def _begin(config: RunConfig, stage: str, job: JobStart) -> dict[str, object]:
     if stage == "train" and progress.step == 0:
         _refuse_missing_origin(config)
     log_dir = job.log_dir(config)
+    stopped_by = _note_of_last_stop(config, job)
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         starts = _record(job.folder(config) / LEDGER, stage, job.restart, progress.step, units)
@@ -157,7 +159,7 @@ def _begin(config: RunConfig, stage: str, job: JobStart) -> dict[str, object]:
         raise ConfigError(f"run_dir: {error.filename} cannot be written: {error.strerror}") from error
     _say_restart(config, job, starts, progress, share)
     if _has_progress_to_make(stage, progress):
-        _refuse_standstill(config, job, starts, progress)
+        _refuse_standstill(config, job, starts, progress, stopped_by)
     return {
         "run_dir": os.path.abspath(config.run_dir),
         "log_dir": log_dir,
@@ -273,7 +275,7 @@ def _has_progress_to_make(stage: str, progress: RunProgress) -> bool:
 
 
 def _refuse_standstill(
-    config: RunConfig, job: JobStart, starts: Sequence[dict[str, Any]], progress: RunProgress
+    config: RunConfig, job: JobStart, starts: Sequence[dict[str, Any]], progress: RunProgress, stopped_by: str
 ) -> None:
     """Refuse a start after two that changed nothing; one that is asked for after that is let in again.
 
@@ -294,10 +296,26 @@ def _refuse_standstill(
     _append(
         job.folder(config) / LEDGER, {"restart": job.restart, "stopped": True, "time": round(time.time())}
     )
+    hint = ""
+    if "SIGUSR1" in stopped_by:
+        hint = (
+            f" ({second} was stopped by {stopped_by}: where that is the notice of the time limit, --time has "
+            f"to be longer than the notice, --signal, and the start-up together)"
+        )
     raise TokeditError(
         f"stopped: {first} and {second} of job {job.name} made no progress ({progress}, as when {first} "
-        f"began); see {job.log_dir(config, latest[1]['restart'])}; mend the cause and submit again"
+        f"began); see {job.log_dir(config, latest[1]['restart'])}; mend the cause and submit again{hint}"
     )
+
+
+def _note_of_last_stop(config: RunConfig, job: JobStart) -> str:
+    """What stopped the start before in order; empty: nothing did."""
+    notes = [job.log_dir(config, job.restart - 1) / REQUEUE_FILE]
+    if not job.is_array_task:
+        notes.append(Path(config.run_dir) / REQUEUE_FILE)
+    with suppress(OSError):
+        return next((path.read_text(encoding="utf-8").strip() for path in notes if path.exists()), "")
+    return ""
 
 
 def _start_in_words(restart: int) -> str:

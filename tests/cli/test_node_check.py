@@ -179,7 +179,7 @@ def test_what_is_demanded_of_all(job: Job) -> None:
     assert [job.end(0), job.end(1)] == [1, 1]
     last = job.err()[-1]
     assert last.startswith("error: nodes n1, n2: no GPU where h100 is wanted; run folder ")
-    assert last.endswith(" GB free, less than --min-free-gb 1e+09")
+    assert last.endswith(" GB free, less than --min-free-gb 1e+09 (TOKEDIT_MIN_FREE_GB of a job)")
     assert job.out()[-1].endswith("2 failed: n1, n2")
 
 

@@ -184,7 +184,7 @@ def test_disks() -> None:
     facts_of(nodes[1]).disks["run"] = Disk("/scratch", 10**12, free_files=3)
     facts_of(nodes[2]).disks |= {"/dev/shm": Disk("/dev/shm", 10**6), "/tmp": Disk("/tmp", 10**6)}
     assert judged(nodes) == [
-        ["run folder /scratch: 0.4 GB free, less than --min-free-gb 1"],
+        ["run folder /scratch: 0.4 GB free, less than --min-free-gb 1 (TOKEDIT_MIN_FREE_GB of a job)"],
         ["run folder /scratch: room for 3 more files only (inodes)"],
         [],
     ]

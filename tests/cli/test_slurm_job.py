@@ -143,6 +143,14 @@ def test_two_starts_without_progress_are_enough(job: Job) -> None:
     job.at(SLURM_JOB_ID=4712, SLURM_RESTART_COUNT=0).call("begin", "train")  # submitted again
 
 
+def test_a_time_limit_that_leaves_no_time_is_named(job: Job) -> None:
+    for restart in (0, 1):
+        job.at(SLURM_RESTART_COUNT=restart).call("begin", "train")
+        (job.run_dir / "requeue").write_text("SIGUSR1 before its first step\n")
+    said = job.at(SLURM_RESTART_COUNT=2).call("begin", "train", code=1)["said"]
+    assert "(restart 1 was stopped by SIGUSR1 before its first step: where that is the notice of" in said
+
+
 def test_progress_of_any_kind_counts(job: Job) -> None:
     for restart in range(5):
         if restart % 2:

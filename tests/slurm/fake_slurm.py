@@ -21,7 +21,9 @@ while [[ "$1" == -* ]]; do case "$1" in --nodes=*) nodes="${1#*=}" ;; esac; shif
 for ((node = 0; node < nodes; node++)); do
     status=0
     SLURM_NODEID=$node SLURMD_NODENAME=node$node "$@" || status=$?
-    ((status == 0)) || { echo "srun: error: node$node: task $node: Exited" >&2; exit "$status"; }
+    ((status == 0)) && continue
+    echo "srun: error: node$node: task $node: ${FAKE_DEATH:-Exited}" >&2
+    exit "$status"
 done
 """,
     "scontrol": r"""

@@ -185,6 +185,15 @@ def test_a_step_that_stopped_in_order_is_a_requeue(slurm: FakeSlurm, array: bool
     assert "step 3 of 10; to be continued" in said
 
 
+def test_a_node_whose_processes_are_killed_is_no_stop_in_order(slurm: FakeSlurm) -> None:
+    """The ranks of the other nodes are told by TERM, and save; the cause is named instead of queued again."""
+    slurm.environment |= {"FAKE_TRAIN_EXIT": "137", "FAKE_DEATH": "Killed", "TOKEDIT_NODE_CHECK": "0"}
+    slurm.environment["FAKE_END"] = "continue=1 progress='step 3 of 10; stopped by SIGTERM'"
+    said = slurm.run("pretrain_edited.sh", "run.yaml", code=137)
+    assert "step train FAILED (exit code 137), first on node0: node0: task 0: Killed" in said
+    assert not any("requeue" in call for call in slurm.calls("scontrol"))
+
+
 def test_a_job_that_slurm_is_ending_is_not_queued_again(slurm: FakeSlurm) -> None:
     """After a user's scancel `scontrol requeue` would put it back, also where TERM has not come yet."""
     slurm.environment |= {"FAKE_TRAIN_EXIT": "1", "FAKE_STATE": "COMPLETING", "TOKEDIT_NODE_CHECK": "0"}
@@ -211,6 +220,16 @@ def test_usr1_asks_the_ranks_then_requeues(slurm: FakeSlurm) -> None:
     assert slurm.calls("scancel")[0] == ["--signal=USR1", JOB]
     assert ["requeue", JOB] in slurm.calls("scontrol")
     assert "told by USR1" in said
+
+
+def test_usr1_before_anything_else_is_remembered(slurm: FakeSlurm) -> None:
+    slurm.environment["TOKEDIT_ROOT"] = str(slurm.folder)
+    (slurm.folder / "slurm").mkdir()
+    library = f"kill -USR1 $$; export TOKEDIT_ROOT={ROOT}; source {ROOT}/slurm/lib.sh\n"
+    (slurm.folder / "slurm" / "lib.sh").write_text(library)
+    said = slurm.run("pretrain_edited.sh", "run.yaml")
+    assert "told by USR1" in said
+    assert ["requeue", JOB] in slurm.calls("scontrol")
 
 
 def test_term_is_slurms_own_end_of_the_job(slurm: FakeSlurm) -> None:
@@ -246,6 +265,12 @@ def test_the_project_is_found_from_a_relative_path(slurm: FakeSlurm, called_in: 
 def test_a_script_outside_a_job_says_so(slurm: FakeSlurm) -> None:
     del slurm.environment["SLURM_JOB_ID"]
     assert "SLURM_JOB_ID" in slurm.run("pretrain_edited.sh", "run.yaml", code=1)
+
+
+@pytest.mark.parametrize("ranks", ["two", "0"])
+def test_ranks_per_node_is_a_number(slurm: FakeSlurm, ranks: str) -> None:
+    slurm.environment["RANKS_PER_NODE"] = ranks
+    assert f"RANKS_PER_NODE={ranks}: expected" in slurm.run("pretrain_edited.sh", "run.yaml", code=1)
 
 
 def test_scripts_pass_bash_syntax_check() -> None:

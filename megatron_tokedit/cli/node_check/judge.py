@@ -87,7 +87,8 @@ def _judge_disks(node: Node, facts: Facts, limits: Limits) -> None:
             (node.faults if name == "run" else node.warnings).append(disk.fault)
         elif name == "run" and free_gb < limits.min_free_gb:
             node.faults.append(
-                f"{what}: {free_gb:.3g} GB free, less than --min-free-gb {limits.min_free_gb:g}"
+                f"{what}: {free_gb:.3g} GB free, less than --min-free-gb {limits.min_free_gb:g} "
+                f"(TOKEDIT_MIN_FREE_GB of a job)"
             )
         elif name == "run" and disk.free_files is not None and disk.free_files < _MIN_FREE_FILES:
             node.faults.append(f"{what}: room for {disk.free_files} more files only (inodes)")
