@@ -300,18 +300,35 @@ class Ranks:
             with _as_single_process():
                 action()
         except StopNow as reason:
-            self._say(f"{name}/{self.rank}", f"{_STOPPED}{reason}")
+            self._end(name, f"{_STOPPED}{reason}")
             raise
         except BaseException as error:
-            self._say(f"{name}/{self.rank}", f"{type(error).__name__}: {error}")
+            self._end(name, f"{type(error).__name__}: {error}")
             raise
-        self._say(f"{name}/{self.rank}", "")
-        for rank in range(self.world_size):
-            message = self._hear(f"{name}/{rank}")
-            if message.startswith(_STOPPED):
-                raise StopNow(message.removeprefix(_STOPPED))
-            if message:
-                raise TokeditError(f"preparing the data failed on rank {rank}: {message}")
+        verdict = self._end(name, "")
+        if verdict.startswith(_STOPPED):
+            raise StopNow(verdict.removeprefix(_STOPPED))
+        if verdict:
+            raise TokeditError(f"preparing the data failed on {verdict}")
+
+    def _end(self, name: str, message: str) -> str:
+        """Tell what an action came to on this rank; without a failure here, hear what it came to on all.
+
+        Rank 0 alone listens to every rank and says what it heard: the work of the store's host grows with the
+        number of ranks, not with its square.
+        """
+        verdict = f"{name}/verdict"
+        if self.rank > 0:
+            self._say(f"{name}/{self.rank}", message)
+            return message or self._hear(verdict)
+        heard, rank = message, 0
+        while not heard and rank + 1 < self.world_size:
+            rank += 1
+            heard = self._hear(f"{name}/{rank}")
+        if heard and not heard.startswith(_STOPPED):
+            heard = f"rank {rank}: {heard}"
+        self._say(verdict, heard)
+        return heard
 
     def _say(self, key: str, text: str) -> None:
         """Leave word for the other ranks; there may be nobody left to read it."""

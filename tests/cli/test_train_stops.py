@@ -34,8 +34,9 @@ from megatron_tokedit.training.signals import StopRequest
 
 with StopRequest(before_exit=lambda reason: print("told by", reason, flush=True)):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # nothing interrupts the call
+    sleep = ctypes.CDLL(None).sleep
     print("deaf", flush=True)
-    ctypes.CDLL(None).sleep(60)
+    sleep(60)
 """
 BOTH = [signal.SIGUSR1, signal.SIGTERM]
 
@@ -179,6 +180,7 @@ def test_a_rank_that_does_not_hear_leaves_word_before_it_is_ended() -> None:
     process = subprocess.Popen(command, env=clean_environment(), text=True, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "deaf\n"
+    time.sleep(2)  # one line of Python is still to be run before it is
     process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == EXIT_REQUEUE
