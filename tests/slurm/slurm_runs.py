@@ -100,14 +100,14 @@ class Run:
         """Of the cluster, with this run's log."""
         return self.cluster.wait(job, *states, seconds=seconds, log=self.log)
 
-    def wait_for_restart(self, job: str, restarts: int) -> None:
+    def wait_for_restart(self, job: str, restarts: int, seconds: float = 90) -> None:
         """Wait until the job runs again."""
 
         def runs() -> bool:
             facts = self.cluster.facts(job)
             return facts.get("JobState") == "RUNNING" and facts["Restarts"] == str(restarts)
 
-        self.cluster.until(f"restart {restarts}", 90, runs, job=job, log=self.log)
+        self.cluster.until(f"restart {restarts}", seconds, runs, job=job, log=self.log)
 
     def stays(self, job: str, state: str, seconds: float) -> None:
         """The job is in this state, and stays in it."""

@@ -297,9 +297,9 @@ def test_the_time_limit_is_a_requeue(chain: Chain, cluster: Cluster) -> None:
         "training.train_steps=100000",
         "training.eval_interval_steps=50000",
     )
-    job = run.submit(time=1, signal="B:USR1@20")
+    job = run.submit(time=2, signal="B:USR1@20")  # a minute is little on a busy machine
     run.wait_for_step(10, job)
-    run.wait_for_restart(job, 1)
+    run.wait_for_restart(job, 1, seconds=180)
     last = int(str(run.metrics()[-1]["step"]))
     run.wait_for_step(last + 10, job)
     cluster.run("scancel", job)
