@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tokedit.cli.evaluate import evaluation_file
-from megatron_tokedit.cli.train_report import find_progress, known_sources
-from megatron_tokedit.config.raw_sources import preprocessing_of
+from megatron_tokedit.cli.train_report import find_progress, known_sources, look_at_units
 from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.config.slurm import (
     EvaluateStageConfig,
@@ -26,9 +25,7 @@ from megatron_tokedit.config.slurm import (
 )
 from megatron_tokedit.dataset.sources import all_sources, dataset_exists, missing_sources
 from megatron_tokedit.errors import ConfigError
-from megatron_tokedit.pipeline.placement import Share
-from megatron_tokedit.pipeline.plan import load_plan
-from megatron_tokedit.pipeline.workdir import WorkDir
+from megatron_tokedit.pipeline.placement import array_expression
 
 STAGES = ("preprocess", "merge", "train", "evaluate")
 _PLACEMENT = ("partition", "account", "qos", "constraint", "reservation")
@@ -147,16 +144,8 @@ def _needed(config: RunConfig) -> _Need:
     sources = missing_sources(config)
     tasks: set[int] = set()
     for source in sources:
-        workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
-        plan = load_plan(workdir.plan) if source.prefix is not None else None
-        if plan is None:
-            tasks.update(range(count))
-            continue
-        done = set(workdir.done_units())
-        for index in set(range(count)) - tasks:
-            share = plan.share(*Share(index, count).placement(0, 1))
-            if any(unit.unit_id not in done for unit in share):
-                tasks.add(index)
+        units = look_at_units(config, source)
+        tasks.update(range(count) if units is None else (unit_id % count for unit_id in units.undone))
     return _Need(sources, sorted(tasks))
 
 
@@ -243,18 +232,6 @@ def _stage_config(stage: str, slurm: SlurmConfig) -> StageConfig:
     if stage == "evaluate":
         return slurm.evaluate or EvaluateStageConfig()
     return {"preprocess": slurm.preprocess, "merge": slurm.merge, "train": slurm.train}[stage]
-
-
-def array_expression(tasks: Sequence[int], max_running: int | None) -> str:
-    """The ``0-15%8`` or ``3,7%8`` that sbatch takes, for rising numbers of tasks."""
-    ranges: list[list[int]] = []
-    for task in tasks:
-        if ranges and ranges[-1][1] == task - 1:
-            ranges[-1][1] = task
-        else:
-            ranges.append([task, task])
-    text = ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)
-    return f"{text}%{max_running}" if max_running else text
 
 
 def _resource_flags(stage: StageConfig, slurm: SlurmConfig, nodes: int | None) -> Iterator[str]:

@@ -102,13 +102,36 @@ def count_made_units(config: RunConfig, share: Share = WHOLE) -> int:
     return sum(_count_units(config, source, share)[1] or 0 for source in made.values())
 
 
-def _count_units(config: RunConfig, source: SourceConfig, share: Share) -> tuple[int, int | None]:
-    """A share's finished and planned units of a source; None where it has no plan yet."""
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Ids of a source's planned work units, by whether they are done."""
+
+    done: frozenset[int]
+    undone: frozenset[int]
+
+
+def look_at_units(config: RunConfig, source: SourceConfig) -> Units | None:
+    """A source's work units; None where it has no plan yet.
+
+    Args:
+        config: the run's.
+        source: with the prefix that is known, if any.
+    """
     workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
     plan = load_plan(workdir.plan) if source.prefix is not None else None
     if plan is None:
+        return None
+    planned = frozenset(unit.unit_id for unit in plan.units)
+    done = planned.intersection(workdir.done_units())
+    return Units(done, planned - done)
+
+
+def _count_units(config: RunConfig, source: SourceConfig, share: Share) -> tuple[int, int | None]:
+    """A share's finished and planned units of a source; None where it has no plan yet."""
+    units = look_at_units(config, source)
+    if units is None:
         return 0, None
-    return sum(map(share.has, workdir.done_units())), len(plan.share(*share.placement(0, 1)))
+    return sum(map(share.has, units.done)), sum(map(share.has, units.done | units.undone))
 
 
 def print_progress(config: RunConfig) -> int:

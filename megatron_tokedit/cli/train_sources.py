@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_tokedit.cli.train_report import known_sources
+from megatron_tokedit.cli.train_report import known_sources, look_at_units
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import differences
@@ -26,10 +26,8 @@ from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.dataset.sources import all_sources, dataset_exists, missing_sources
 from megatron_tokedit.errors import PlanError, TokeditError
 from megatron_tokedit.log import get_logger
-from megatron_tokedit.pipeline.placement import WHOLE, Share
-from megatron_tokedit.pipeline.plan import load_plan
+from megatron_tokedit.pipeline.placement import WHOLE, Share, array_expression
 from megatron_tokedit.pipeline.prepared import place_output
-from megatron_tokedit.pipeline.workdir import WorkDir
 from megatron_tokedit.training.signals import StopNow
 
 if TYPE_CHECKING:
@@ -152,34 +150,25 @@ def refuse_missing_units(config: RunConfig, sources: Sequence[SourceConfig]) -> 
     faults, tasks = [], set[int]()
     num_tasks = config.slurm.preprocess.tasks
     for source in sources:
-        workdir = WorkDir(preprocessing_of(source, config.tokenizer).output_prefix)
-        plan = load_plan(workdir.plan) if source.prefix is not None else None
-        if plan is None:
+        units = look_at_units(config, source)
+        if units is None:
             faults.append(f"{source.name}: not begun, or its input has changed since")
             tasks |= set(range(num_tasks or 0))
             continue
-        done = set(workdir.done_units())
-        undone = [unit.unit_id for unit in plan.units if unit.unit_id not in done]
-        if undone and not dataset_exists(source.prefix):  # another job may have merged it meanwhile
-            faults.append(f"{source.name}: {len(undone)} of {len(plan.units)} work units are not done")
-            tasks |= {unit_id % num_tasks for unit_id in undone} if num_tasks else set()
+        if units.undone and not dataset_exists(source.prefix):  # another job may have merged it meanwhile
+            num_units = len(units.done) + len(units.undone)
+            faults.append(f"{source.name}: {len(units.undone)} of {num_units} work units are not done")
+            tasks |= {unit_id % num_tasks for unit_id in units.undone} if num_tasks else set()
     if faults:
-        owed = f" (of slurm.preprocess.tasks={num_tasks}: --array={_ranges(sorted(tasks))})" if tasks else ""
+        owed = (
+            f" (of slurm.preprocess.tasks={num_tasks}: --array={array_expression(sorted(tasks))})"
+            if tasks
+            else ""
+        )
         listed = "\n  - ".join(["cannot merge yet:", *faults])
         raise PlanError(
             f"{listed}\nrun the edit again for what is missing{owed}; what is done is not done again"
         )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0-3,7`` for 0, 1, 2, 3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _missing(config: RunConfig, ranks: Ranks) -> list[SourceConfig]:

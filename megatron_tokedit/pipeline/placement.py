@@ -6,7 +6,7 @@ Invariant: rank and world size come from one source, never half from one and hal
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,18 @@ def array_share(environment: Mapping[str, str], tasks: int | None) -> Share | No
             f"the whole of it with --array=0-{max(count - 1, last)}"
         )
     return Share(index, count)
+
+
+def array_expression(tasks: Sequence[int], max_running: int | None = None) -> str:
+    """The ``0-15%8`` or ``3,7%8`` that sbatch takes, for rising numbers of tasks."""
+    ranges: list[list[int]] = []
+    for task in tasks:
+        if ranges and ranges[-1][1] == task - 1:
+            ranges[-1][1] = task
+        else:
+            ranges.append([task, task])
+    text = ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)
+    return f"{text}%{max_running}" if max_running else text
 
 
 def placement(

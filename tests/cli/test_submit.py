@@ -12,8 +12,8 @@ import pytest
 from submit_cases import ROOT, TINY, UNITS, Cluster, checkpoint, cluster_fixture, make_units_fixture
 
 from megatron_tokedit.cli.submit import main
-from megatron_tokedit.cli.submit_chain import array_expression
 from megatron_tokedit.cli.submit_slurm import Slurm
+from megatron_tokedit.pipeline.placement import array_expression
 
 __all__ = ["cluster_fixture", "make_units_fixture"]
 
