@@ -1,0 +1,53 @@
+"""The loss mask beside a dataset of conversations: which tokens a model learns to write.
+
+``PREFIX_loss_mask.bin/.idx`` is an indexed dataset of ``uint8`` with the documents and sequence lengths of
+``PREFIX``; 1: the token counts in the loss (a response), 0: it is context only (a prompt, the template).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_tokedit.dataset.reader import IndexedDataset
+from megatron_tokedit.errors import DataFormatError
+
+LOSS_MASK_SUFFIX = "_loss_mask"
+LOSS_MASK_DTYPE = np.dtype(np.uint8)
+
+
+def loss_mask_prefix(prefix: str) -> str:
+    """The prefix of the mask of the dataset ``prefix``."""
+    return prefix + LOSS_MASK_SUFFIX
+
+
+def has_loss_mask(prefix: str) -> bool:
+    """Whether there is one."""
+    return Path(f"{loss_mask_prefix(prefix)}.idx").exists()
+
+
+def open_loss_mask(dataset: IndexedDataset) -> IndexedDataset:
+    """The mask of a dataset, checked to be aligned with it.
+
+    Raises:
+        DataFormatError: there is none, or its documents, lengths or dtype are not the dataset's.
+    """
+    prefix = loss_mask_prefix(dataset.prefix)
+    if not has_loss_mask(dataset.prefix):
+        raise DataFormatError(
+            f"{prefix}.idx: not there, so what of {dataset.prefix} is a response is not known; "
+            "make the dataset with tools/preprocess_edit.py --format sft"
+        )
+    mask = IndexedDataset(prefix)
+    mask.refuse_truncated()
+    if mask.dtype != LOSS_MASK_DTYPE:
+        raise DataFormatError(f"{prefix}: holds {mask.dtype}, a loss mask holds {LOSS_MASK_DTYPE}")
+    if not np.array_equal(mask.sequence_lengths, dataset.sequence_lengths) or not np.array_equal(
+        mask.document_ends, dataset.document_ends
+    ):
+        raise DataFormatError(
+            f"{prefix}: its lengths are not those of {dataset.prefix}, so the two do not belong together; "
+            "preprocess the conversations again"
+        )
+    return mask

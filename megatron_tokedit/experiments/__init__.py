@@ -1,0 +1,1 @@
+"""Experiments that drive the other rooms: the theory of model collapse in linear regression."""
