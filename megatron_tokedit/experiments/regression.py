@@ -249,7 +249,8 @@ def _selected(
 
 def iterated_error(problem: Regression) -> Floats:
     """``n sigma^2 d / (T - d - 1)``, exact for the iterated arm, ``[generations]``."""
-    return problem.first_error * np.arange(1, problem.generations + 1)
+    generations_N = np.arange(1, problem.generations + 1, dtype=np.float64)
+    return problem.first_error * generations_N
 
 
 def accumulated_error(problem: Regression) -> Floats:
