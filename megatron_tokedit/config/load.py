@@ -204,7 +204,7 @@ def _parse_sections(
         config = RunConfig.model_validate(tree, strict=True)
         return {name: getattr(config, name) for name in RunConfig.model_fields}, []
     except ValidationError as error:
-        faults = [_schema_fault(details).at(places) for details in error.errors()]
+        faults = [schema_fault(details).at(places) for details in error.errors()]
     faulty = {fault.path[0] for fault in faults}
     sections = {}
     for name, field in RunConfig.model_fields.items():
@@ -218,10 +218,10 @@ def _parse_sections(
     return sections, faults
 
 
-def _schema_fault(details: ErrorDetails) -> Fault:
-    """One pydantic error in our words."""
+def schema_fault(details: ErrorDetails, root: type[BaseModel] = RunConfig) -> Fault:
+    """One pydantic error of a configuration in our words; ``root`` is the class of the whole file."""
     path = details["loc"]
-    owner = _model_at(path[:-1])
+    owner = _model_at(path[:-1], root)
     if details["type"] in ("extra_forbidden", "invalid_key"):
         return Fault(path, f"unknown key (got {_shown(details['input'])}); {_nearest(path, owner)}")
     if details["type"] == "missing":
@@ -235,9 +235,9 @@ def _schema_fault(details: ErrorDetails) -> Fault:
     return Fault(path, f"got {_shown(details['input'])}, expected {expected}")
 
 
-def _model_at(path: KeyPath) -> type[BaseModel] | None:
+def _model_at(path: KeyPath, root: type[BaseModel]) -> type[BaseModel] | None:
     """The section class that stands at ``path``; None where there is none."""
-    model: type[BaseModel] | None = RunConfig
+    model: type[BaseModel] | None = root
     for key in path:
         if isinstance(key, int) or model is None:
             continue
