@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_tokedit", "megatron_tokedit.*"]),
-    package_data={"megatron_tokedit": ["py.typed"]},
+    package_data={"megatron_tokedit": ["py.typed", "tokenizers/chat_templates/*.jinja"]},
     install_requires=[
         "torch>=2.6,<2.14",
         "megatron-core>=0.16.1,<0.17",
@@ -48,10 +48,13 @@ setup(
             "types-PyYAML>=6,<7",
             "pre-commit>=4,<5",
             "gigatoken>=0.10,<1",  # the extra `fast`, so that its tests run
+            "lm-eval>=0.4.13,<0.5",  # the extra `eval`, likewise
+            "accelerate>=1,<2",
         ],
         # needs an NVIDIA GPU and CUDA 13: pip install --no-build-isolation -e ".[fp8]"; never without a GPU
         "fp8": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
-        "eval": ["lm-eval>=0.4.9,<0.5"],
+        # accelerate: lm-eval's own model `hf`, which --backend lm-eval compares with, imports it
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"],
         "fast": ["gigatoken>=0.10,<1"],
         "wandb": ["wandb>=0.17,<1"],
         "mlflow": ["mlflow>=2.14,<4"],

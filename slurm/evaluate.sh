@@ -3,7 +3,7 @@
 #
 #   sbatch [--gpus-per-node 1 ...] slurm/evaluate.sh RUN.yaml [section.field=value ...]
 #
-# Prints a table and writes RUN_DIR/evaluation/.
+# Prints a table, writes RUN_DIR/evaluation/ and enters the numbers into the run's TensorBoard.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,91 +1,83 @@
-"""Held-out perplexity over named domains, for one or more checkpoints side by side.
+"""Held-out perplexity of a checkpoint over named domains: what was measured, document by document.
 
 Invariant: a document is scored exactly as a prior scores it (``scoring``): every token once, on real context,
 in overlapping windows where it is longer than the model's context; the end-of-document token is a token like
-any other. Perplexity is ``exp`` of the mean negative log-likelihood of the scored tokens; the average over
-domains is the plain mean of their perplexities, as in arXiv 2412.14689.
+any other. All that is kept of a document is its sums, so memory grows by 24 bytes a document and not with
+their length. ``perplexity_statistics`` makes perplexities, intervals and differences of them.
+
+Legend: ``D`` documents of a domain, empty ones included, in the order of the data.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_tokedit.dataset import IndexedDataset
-from megatron_tokedit.errors import DataFormatError
+from megatron_tokedit.errors import DataFormatError, PriorError
+from megatron_tokedit.evaluation.text_counts import TextCounts
 from megatron_tokedit.scoring import Scorer
 
 DOCUMENTS_PER_CALL = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class DocumentSums:
+    """What one checkpoint made of each document of a domain.
+
+    Attributes:
+        nll_nats_D: float64; summed negative log-likelihood of the scored tokens, in nats.
+        num_tokens_D: int64; tokens.
+        num_scored_tokens_D: int64; tokens that count: all that have a probability (all, or all but the first
+            where the model was given no token to start from), of conversations those of responses.
+    """
+
+    nll_nats_D: npt.NDArray[np.float64]
+    num_tokens_D: npt.NDArray[np.int64]
+    num_scored_tokens_D: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class DomainPerplexity:
     """What one checkpoint reached on one domain.
 
     Attributes:
         domain: its name.
-        num_documents: documents with at least one scored token.
-        num_tokens: tokens of the domain.
-        num_scored_tokens: tokens that have a probability (all, or all but the first of each document where
-            the model was given no token to start from).
-        nll_nats: summed negative log-likelihood of the scored tokens, in nats.
+        documents: the sums of each document.
+        text: words and bytes of each document; None where they are not known.
     """
 
     domain: str
-    num_documents: int
-    num_tokens: int
-    num_scored_tokens: int
-    nll_nats: float
+    documents: DocumentSums
+    text: TextCounts | None = None
 
     @property
-    def perplexity(self) -> float:
-        """``exp(nll_nats / num_scored_tokens)``; infinite where that overflows."""
-        mean = self.nll_nats / self.num_scored_tokens
-        return math.exp(mean) if mean < 700.0 else math.inf
+    def num_documents(self) -> int:
+        """Documents with at least one scored token."""
+        return int(np.count_nonzero(self.documents.num_scored_tokens_D))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the domain."""
+        return int(self.documents.num_tokens_D.sum())
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens that count."""
+        return int(self.documents.num_scored_tokens_D.sum())
+
+    @property
+    def nll_nats(self) -> float:
+        """Summed negative log-likelihood of the scored tokens, in nats."""
+        return float(self.documents.nll_nats_D.sum())
 
 
-def measure_perplexity(
-    scorer: Scorer,
-    dataset: IndexedDataset,
-    domain: str,
-    on_tokens: Callable[[int], None] | None = None,
-) -> DomainPerplexity:
-    """Score every document of a dataset.
-
-    Args:
-        scorer: the model.
-        dataset: its ids must be below ``scorer.vocab_size``.
-        domain: the name of the result.
-        on_tokens: called with the number of tokens after each batch of documents, for a progress bar.
-
-    Raises:
-        DataFormatError: the dataset has no token that can be scored.
-        PriorError: the model's numbers are unusable, or an id is out of its vocabulary.
-    """
-    num_documents = num_tokens = num_scored_tokens = 0
-    nll_nats = 0.0
-    documents = (
-        np.concatenate(sequences).astype(np.int32) for sequences in dataset.iter_documents() if sequences
-    )
-    while batch := list(itertools.islice(documents, DOCUMENTS_PER_CALL)):
-        for ids, scores in zip(batch, scorer.score(batch), strict=True):
-            scored = scores.logprobs_T[~np.isnan(scores.logprobs_T)]
-            num_documents += bool(len(scored))
-            num_tokens += len(ids)
-            num_scored_tokens += len(scored)
-            nll_nats -= float(scored.sum(dtype=np.float64))
-        if on_tokens is not None:
-            on_tokens(sum(map(len, batch)))
-    if not num_scored_tokens:
-        raise DataFormatError(f"domain {domain}: its dataset has no token that can be scored")
-    return DomainPerplexity(domain, num_documents, num_tokens, num_scored_tokens, nll_nats)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CheckpointPerplexity:
     """One checkpoint's results on all domains, in the order of the domains.
 
@@ -99,53 +91,68 @@ class CheckpointPerplexity:
     fingerprint: str
     domains: tuple[DomainPerplexity, ...]
 
-    @property
-    def average(self) -> float:
-        """Plain mean of the domains' perplexities."""
-        return sum(d.perplexity for d in self.domains) / len(self.domains)
+
+def dataset_documents(dataset: IndexedDataset) -> Iterator[npt.NDArray[np.int32]]:
+    """The ids of every document, its sequences one after another; an empty document has none."""
+    for sequences in dataset.iter_documents():
+        yield np.concatenate(sequences).astype(np.int32) if sequences else np.zeros(0, np.int32)
 
 
-def as_json(results: Sequence[CheckpointPerplexity]) -> dict[str, object]:
-    """Everything measured, and the table: a row a domain and the average, a value a checkpoint."""
-    rows: list[dict[str, object]] = [
-        {"domain": domain.domain, "perplexity": [r.domains[i].perplexity for r in results]}
-        for i, domain in enumerate(results[0].domains)
-    ]
-    rows.append({"domain": "average", "perplexity": [r.average for r in results]})
-    return {
-        "checkpoints": [
-            {
-                "checkpoint": r.checkpoint,
-                "fingerprint": r.fingerprint,
-                "average_perplexity": r.average,
-                "domains": [asdict(d) | {"perplexity": d.perplexity} for d in r.domains],
-            }
-            for r in results
-        ],
-        "table": rows,
-    }
+def dataset_responses(
+    dataset: IndexedDataset, mask: IndexedDataset
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+    """The ids of every conversation and which of them are a response's, by the dataset's loss mask."""
+    for ids, flags in zip(dataset_documents(dataset), dataset_documents(mask), strict=True):
+        yield ids, flags != 0
 
 
-def as_table(results: Sequence[CheckpointPerplexity], names: Sequence[str]) -> str:
-    """The table as text; ``names`` head the columns; ``*`` marks the lowest of a row of several."""
-    rows = [
-        (domain.domain, f"{domain.num_scored_tokens:,d}", [r.domains[i].perplexity for r in results])
-        for i, domain in enumerate(results[0].domains)
-    ]
-    total = sum(d.num_scored_tokens for d in results[0].domains)
-    rows.append(("average", f"{total:,d}", [r.average for r in results]))
-    name_width = max(len("domain"), *(len(row[0]) for row in rows))
-    token_width = max(len("tokens"), *(len(row[1]) for row in rows))
-    widths = [max(10, len(name)) for name in names]
-    lines = [
-        f"{'domain':{name_width}s}  {'tokens':>{token_width}s}  "
-        + "  ".join(f"{name:>{width}s} " for name, width in zip(names, widths, strict=True)).rstrip()
-    ]
-    for name, tokens, values in rows:
-        best = min(values) if len(values) > 1 else None
-        cells = (
-            f"{value:{width}.3f}{'*' if value == best else ' '}"
-            for value, width in zip(values, widths, strict=True)
-        )
-        lines.append(f"{name:{name_width}s}  {tokens:>{token_width}s}  {'  '.join(cells).rstrip()}")
-    return "\n".join(lines)
+def measure_perplexity(
+    scorer: Scorer,
+    documents: Iterable[npt.NDArray[np.int32] | tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]],
+    domain: str,
+    text: TextCounts | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> DomainPerplexity:
+    """Score every document of a domain.
+
+    Args:
+        scorer: the model.
+        documents: ids of each, below ``scorer.vocab_size``, or ids and which of them count; read once, a few
+            at a time.
+        domain: the name of the result.
+        text: words and bytes of the documents, where they are known.
+        on_tokens: called with the number of tokens that a batch scored, for a progress bar.
+
+    Raises:
+        DataFormatError: the documents have no token that can be scored.
+        PriorError: the model's numbers are unusable, or an id is out of its vocabulary.
+    """
+    nll_nats, num_tokens, num_scored = array("d"), array("q"), array("q")
+    remaining = iter(documents)
+    while batch := list(itertools.islice(remaining, DOCUMENTS_PER_CALL)):
+        pairs = [given if isinstance(given, tuple) else (given, np.True_) for given in batch]
+        results = scorer.score([ids for ids, _ in pairs], on_batch=on_tokens)
+        for (ids, counts_T), scores in zip(pairs, results, strict=True):
+            logprobs_T = scores.logprobs_T
+            is_counted_T = np.broadcast_to(counts_T, logprobs_T.shape).copy()
+            if len(ids) and np.isnan(logprobs_T[0]):  # nothing stands before it
+                is_counted_T[0] = False
+            logprobs_T = logprobs_T[is_counted_T]
+            nll = -float(logprobs_T.sum(dtype=np.float64))
+            if not np.isfinite(nll):
+                raise PriorError(
+                    f"domain {domain}, document {len(nll_nats)}: the model returned a log-probability that "
+                    "is not a finite number; its weights are damaged, or its precision does not suffice "
+                    "(try float32)"
+                )
+            nll_nats.append(nll)
+            num_tokens.append(len(ids))
+            num_scored.append(len(logprobs_T))
+    sums = DocumentSums(
+        np.frombuffer(nll_nats, np.float64) if nll_nats else np.zeros(0),
+        np.frombuffer(num_tokens, np.int64) if num_tokens else np.zeros(0, np.int64),
+        np.frombuffer(num_scored, np.int64) if num_scored else np.zeros(0, np.int64),
+    )
+    if not sums.num_scored_tokens_D.any():
+        raise DataFormatError(f"domain {domain}: its data has no token that can be scored")
+    return DomainPerplexity(domain, sums, text)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_tokedit.cli.evaluate import main
 
@@ -57,18 +58,33 @@ def test_newest_checkpoint_on_all_validation_sources(
     (written,) = (run_dir / "evaluation").iterdir()
     assert written.name == "perplexity_step_2.json"
     result = json.loads(written.read_text())
+    (heldout,) = result["checkpoints"][0]["domains"]
+    assert heldout["num_bytes"] > heldout["num_words"] > 0
+    low, high = heldout["intervals"]["perplexity"]
+    assert low < heldout["perplexity"] < high
+    board = EventAccumulator(str(run_dir / "tensorboard" / "evaluation")).Reload()
+    (event,) = board.Scalars("evaluation/perplexity/heldout")
+    assert (event.step, event.value) == (2, pytest.approx(heldout["perplexity"]))
+    assert [e.value for e in board.Scalars("evaluation/bits_per_byte/average")] == [
+        pytest.approx(heldout["bits_per_byte"])
+    ]
     assert [Path(column["checkpoint"]).name for column in result["checkpoints"]] == ["step_00000002"]
 
     prefix = next((run_dir.parent / "prepared").glob("*/*.idx")).with_suffix("")
     output = tmp_path / "others.json"
     others = [str(run_dir / "checkpoints" / f"step_0000000{step}") for step in (1, 2)]
-    more = ["--checkpoint", *others, "--data", f"more={prefix}", "--output", str(output)]
+    more = ["--checkpoint", *others, "--data", f"more={prefix}", "--output", str(output), "--no-board"]
+    more += ["--plot", str(tmp_path / "plots" / "compared.png"), "--baseline", "step_00000002"]
     assert main(["perplexity", "--quiet", "--config", *trained, *more]) == 0
     compared = json.loads(output.read_text())
     assert [row["domain"] for row in compared["table"]] == ["heldout", "more", "average"]
     assert len(compared["checkpoints"]) == 2
     assert compared["checkpoints"][1]["domains"][0] == result["checkpoints"][0]["domains"][0]
     assert [path.name for path in (run_dir / "evaluation").iterdir()] == ["perplexity_step_2.json"]
+    assert "against step_00000002" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "compared.png").stat().st_size > 1000
+    board.Reload()
+    assert len(board.Scalars("evaluation/perplexity/heldout")) == 1, "--no-board"
 
 
 def test_faults(trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
