@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_tokedit import log
 from megatron_tokedit.cli.main import add_common_arguments, run_command
-from megatron_tokedit.errors import ConfigError
+from megatron_tokedit.errors import ConfigError, TokeditError
 
 if TYPE_CHECKING:
     from megatron_tokedit.conversion.from_huggingface import PublishedModel
@@ -29,6 +30,8 @@ _DESCRIPTION = """Convert a Hugging Face model folder (llama, mistral, qwen2, qw
 a checkpoint that training, scoring and evaluation load under any layout, or a checkpoint into a folder that
 AutoModelForCausalLM loads. Weights pass through a tensor at a time. Wrong input is refused before any of them
 is read; the output appears when all of it is written and, with --check, has passed."""
+
+_INTERRUPTED = "interrupted; what was written is removed, and the same command starts anew"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar=what,
             help="refuse a model that cannot be split so; the checkpoint is the same for every layout",
         )
+    _add_check(parser)
+    add_common_arguments(parser)
+    return parser
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
     check = parser.add_argument_group("check")
     check.add_argument(
         "--check", action="store_true", help="score a text with both models; fail where they differ"
@@ -78,14 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--check-text", metavar="FILE", help="default: a part of Python's language reference")
     check.add_argument("--check-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
     check.add_argument(
+        "--check-context",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of a window, if both models take as many (default: %(default)s)",
+    )
+    check.add_argument(
         "--check-tolerance",
         type=float,
         metavar="X",
         help="largest difference of log-probabilities, in nats (default: 0.001; bfloat16 0.5)",
     )
     check.add_argument("--check-dtype", choices=("float32", "bfloat16"), default="float32")
-    add_common_arguments(parser)
-    return parser
 
 
 def _directions(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -173,6 +187,33 @@ def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+class _Stopped(TokeditError):
+    """Ctrl-C was pressed; raised where the next weight would be read, by any thread."""
+
+
+@contextmanager
+def _stopping_between_weights(on_bytes: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    """Let Ctrl-C end the writing where the next weight begins: in the middle torch takes it for a broken disk
+    and its threads go on writing.
+    """
+    asked = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+
+    def advance(num_bytes: int) -> None:
+        if asked.is_set():
+            raise _Stopped
+        on_bytes(num_bytes)
+
+    try:
+        yield advance
+    except _Stopped:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked.is_set():
+        raise KeyboardInterrupt
+
+
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -211,7 +252,10 @@ def _run(argv: Sequence[str]) -> None:
         return
     with staged(output, before_naming=refuse) as staging:  # others may have written there meanwhile
         before, started = _peak_bytes(), time.perf_counter()
-        with _progress(model.num_bytes, quiet=arguments.quiet) as on_bytes:
+        with (
+            _progress(model.num_bytes, quiet=arguments.quiet) as progress,
+            _stopping_between_weights(progress) as on_bytes,
+        ):
             _write(model, staging, output, on_bytes)
         seconds = time.perf_counter() - started
         peak = _peak_bytes()
@@ -223,6 +267,7 @@ def _run(argv: Sequence[str]) -> None:
                 start_id=model.start_id,
                 text_file=arguments.check_text,
                 num_tokens=arguments.check_tokens,
+                context_tokens=arguments.check_context,
                 tolerance=arguments.check_tolerance,
                 dtype=arguments.check_dtype,
             )
@@ -239,4 +284,4 @@ def _run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_run, argv)
+    return run_command(_run, argv, interrupted=_INTERRUPTED)

@@ -8,7 +8,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,9 @@ import orjson
 from tqdm import tqdm
 
 from megatron_tokedit import log
+from megatron_tokedit.cli.generate_output import LinesFile, recorded_settings, refuse_output
 from megatron_tokedit.cli.generate_screen import Screen
 from megatron_tokedit.cli.main import add_common_arguments, run_command
-from megatron_tokedit.dataset.atomic import AtomicFile
 from megatron_tokedit.errors import ConfigError, DataFormatError
 
 if TYPE_CHECKING:
@@ -59,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="FILE.jsonl", help="write JSON lines; -: to standard output")
+    output.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="write JSON lines; -: to standard output. The same command goes on where one was stopped",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace FILE.jsonl, or what is begun of it")
     output.add_argument("--logprobs", action="store_true", help="with the log-probability of every token")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time; default: 8")
@@ -128,22 +132,6 @@ def _settings(arguments: argparse.Namespace) -> GenerationSettings:
     return settings
 
 
-def _refuse_output(arguments: argparse.Namespace) -> None:
-    """Refuse a file that could not be written in the end, or that the prompts come from.
-
-    Raises:
-        ConfigError: such a file.
-    """
-    if arguments.output in (None, "-"):
-        return
-    output = Path(arguments.output)
-    if output.is_dir():
-        raise ConfigError(f"--output {output}: is a folder; give the name of a file")
-    source = arguments.prompt_file
-    if source is not None and output.exists() and Path(source).exists() and output.samefile(source):
-        raise ConfigError(f"--output {output}: is the --prompt-file, which it would replace; give another")
-
-
 def _prompt_texts(arguments: argparse.Namespace) -> Iterator[str]:
     """The prompts, read as they are needed.
 
@@ -184,11 +172,17 @@ def _json_prompt(line: str, key: str, place: str) -> str:
     return value
 
 
-def _prompts(model: TextModel, texts: Iterable[str], arguments: argparse.Namespace) -> Iterator[Prompt]:
+def _samples(arguments: argparse.Namespace) -> range:
+    """Numbers of every prompt's texts."""
+    return range(arguments.first_sample, arguments.first_sample + arguments.num_samples)
+
+
+def _prompts(
+    model: TextModel, texts: Iterable[tuple[str, range]], arguments: argparse.Namespace
+) -> Iterator[Prompt]:
     from megatron_tokedit.generation import Prompt
 
-    samples = range(arguments.first_sample, arguments.first_sample + arguments.num_samples)
-    for text in texts:
+    for text, samples in texts:
         yield Prompt(model.prompt_ids(text, document_start=arguments.document_start), samples, text)
 
 
@@ -213,43 +207,71 @@ def record_of(completion: Completion, model: TextModel) -> dict[str, Any]:
     return record
 
 
+def _lines_file(
+    model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace
+) -> LinesFile | None:
+    """The file to write, or to go on with; None: standard output."""
+    if arguments.output == "-":
+        return None
+    from megatron_tokedit.generation.load import resolve_machine
+
+    samples, machine = _samples(arguments), resolve_machine(arguments.device, arguments.dtype)
+    recorded = recorded_settings(
+        model,
+        settings,
+        samples=samples,
+        document_start=arguments.document_start,
+        machine=" ".join(machine),
+    )
+    return LinesFile(Path(arguments.output), recorded, samples, overwrite=arguments.overwrite)
+
+
 def _write_lines(
-    completions: Iterable[Completion], model: TextModel, arguments: argparse.Namespace
+    model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace
 ) -> Iterator[Completion]:
-    """Write what passes through as JSON lines; a file gets its name when all is there."""
-    with ExitStack() as stack:
-        file = None
-        if arguments.output != "-":
-            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(AtomicFile(arguments.output))
-        bar = stack.enter_context(tqdm(unit="text", disable=arguments.quiet or file is None or None))
-        for completion in completions:
-            line = orjson.dumps(record_of(completion, model)) + b"\n"
-            if file is not None:
-                file.write(line)
-            else:
-                sys.stdout.write(line.decode())
-                sys.stdout.flush()
-            bar.update()
+    """Continue all prompts, as JSON lines."""
+    from megatron_tokedit.generation import generate
+
+    texts = _prompt_texts(arguments)
+    file = _lines_file(model, settings, arguments)
+    if file is None:
+        for completion in generate(model, _prompts(model, _all_of(texts, arguments), arguments), settings):
+            sys.stdout.write(orjson.dumps(record_of(completion, model)).decode() + "\n")
+            sys.stdout.flush()
             yield completion
-        if file is not None:
-            file.commit()
-            logger.info("wrote %s", arguments.output)
+        return
+    with file, tqdm(unit="text", disable=arguments.quiet or None) as bar:
+        try:
+            for completion in generate(model, _prompts(model, file.remaining(texts), arguments), settings):
+                file.write(record_of(completion, model))
+                bar.update()
+                yield completion
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"interrupted; {file.num_found + file.num_written} texts are in {file.partial}, and the same "
+                "command goes on behind them"
+            ) from error
+        file.finish()
+    logger.info("wrote %s", arguments.output)
+
+
+def _all_of(texts: Iterable[str], arguments: argparse.Namespace) -> Iterator[tuple[str, range]]:
+    """Every prompt with the numbers of its texts."""
+    for text in texts:
+        yield text, _samples(arguments)
 
 
 def _write_all(model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace) -> None:
     """Continue all prompts."""
     from megatron_tokedit.generation import generate
 
-    prompts = _prompts(model, _prompt_texts(arguments), arguments)
     if arguments.output is not None:
-        shown = _write_lines(generate(model, prompts, settings), model, arguments)
+        shown = _write_lines(model, settings, arguments)
     else:
+        prompts = _prompts(model, _all_of(_prompt_texts(arguments), arguments), arguments)
         is_alone = arguments.num_samples == 1 and len(arguments.prompt or ()) < 2
         screen = Screen(
-            model,
-            range(arguments.first_sample, arguments.first_sample + arguments.num_samples),
-            has_headings=not is_alone or arguments.prompt_file is not None,
+            model, _samples(arguments), has_headings=not is_alone or arguments.prompt_file is not None
         )
         on_text = screen.add if sys.stdout.isatty() else None
         shown = screen.show(generate(model, prompts, settings, on_text=on_text))
@@ -272,7 +294,10 @@ def _run(argv: Sequence[str]) -> None:
     if converses and arguments.output is not None:
         parser.error("--output: a conversation is not written to a file; give --prompt or --prompt-file")
     settings = _settings(arguments)
-    _refuse_output(arguments)
+    if arguments.output not in (None, "-"):
+        refuse_output(Path(arguments.output), arguments.prompt_file, overwrite=arguments.overwrite)
+    elif arguments.overwrite:
+        parser.error("--overwrite: there is no file to replace; give --output FILE.jsonl")
 
     from megatron_tokedit.generation import load_text_model
 

@@ -20,6 +20,8 @@ from megatron_tokedit.errors import TokeditError
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+GOES_ON = "interrupted; run the same command again to go on from here"
+"""What a command says that keeps what it has done."""
 
 _USER_OS_ERRORS = frozenset(
     {
@@ -43,7 +45,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
 
 
-def run_command(main_fn: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+def run_command(
+    main_fn: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: str = "interrupted",
+) -> int:
     """Run a command's body and turn its outcome into an exit code.
 
     Configures logging first (quiet if ``--quiet`` is among the arguments; rank from the environment), so the
@@ -52,6 +59,8 @@ def run_command(main_fn: Callable[[Sequence[str]], int | None], argv: Sequence[s
     Args:
         main_fn: takes the arguments (without the program's name); returns an exit code, or None for success.
         argv: the arguments; default ``sys.argv[1:]``.
+        interrupted: what to say after Ctrl-C: what has become of the work, and what a new start does; a
+            ``KeyboardInterrupt`` with a message of its own is shown instead.
 
     Returns:
         The exit code for ``sys.exit``.
@@ -71,8 +80,8 @@ def run_command(main_fn: Callable[[Sequence[str]], int | None], argv: Sequence[s
             raise
         _show(f"{error.strerror}: {error.filename}" if error.filename else str(error))
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        _show("interrupted; run the same command again to go on from here")
+    except KeyboardInterrupt as error:
+        _show(str(error) or interrupted)
         return EXIT_INTERRUPTED
 
 

@@ -33,6 +33,7 @@ from megatron_tokedit.conversion.tokenizer_files import (
     find_tokenizer,
     keep_tokenizer,
     start_id,
+    stop_ids,
     vocabulary_faults,
 )
 from megatron_tokedit.engine.streamed_checkpoint import write_checkpoint
@@ -62,6 +63,7 @@ class PublishedModel:
         outline: of the model here.
         dtypes: of every weight here.
         tokenizer: of the model.
+        stop_ids: at which the published model ends a text.
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class PublishedModel:
     outline: WeightOutline
     dtypes: dict[str, torch.dtype]
     tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -137,7 +140,18 @@ def open_published(
     dtypes = {
         name: dtype or (torch.float32 if kind == torch.float16 else kind) for name, kind in stored.items()
     }
-    return PublishedModel(folder, architecture, model, sizes, entries, tensors, outline, dtypes, tokenizer)
+    return PublishedModel(
+        folder,
+        architecture,
+        model,
+        sizes,
+        entries,
+        tensors,
+        outline,
+        dtypes,
+        tokenizer,
+        stop_ids(folder),
+    )
 
 
 def _read_config(folder: Path) -> tuple[Architecture, Any]:
@@ -274,6 +288,7 @@ def write_checkpoint_folder(
             "vocab_size": published.sizes.vocab_size,
             "tokenizer": spec,
             "start_id": published.start_id,
+            "stop_ids": list(published.stop_ids),
             "converted_from": {"path": str(published.folder.resolve())},
             "versions": {name: version(name) for name in _RECORDED_PACKAGES},
         },

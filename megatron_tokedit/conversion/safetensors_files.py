@@ -206,7 +206,7 @@ class ShardWriter:
         self,
         folder: Path,
         shapes: Mapping[str, Shape],
-        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype],
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
@@ -215,14 +215,14 @@ class ShardWriter:
         Args:
             folder: exists.
             shapes: of all tensors, in the order in which they will come.
-            dtype: of all tensors.
+            dtypes: of all tensors.
             max_shard_bytes: largest file; a larger tensor has a file of its own.
         """
-        self._folder, self._shapes, self._dtype = folder, dict(shapes), dtype
+        self._folder, self._shapes, self._dtypes = folder, dict(shapes), dict(dtypes)
         self._shards: list[list[str]] = [[]]
         used = 0
-        for name, shape in shapes.items():
-            size = math.prod(shape) * dtype.itemsize
+        for name in shapes:
+            size = self._size(name)
             if self._shards[-1] and used + size > max_shard_bytes:
                 self._shards.append([])
                 used = 0
@@ -232,6 +232,10 @@ class ShardWriter:
         self._num_opened = 0
         self._file: Any = None
         self._unsynced = 0
+
+    def _size(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
 
     @property
     def files(self) -> list[str]:
@@ -249,10 +253,11 @@ class ShardWriter:
         """
         assert name == self._pending.pop(0), f"{name} is not the next tensor"
         assert tuple(tensor.shape) == self._shapes[name]
-        kept = tensor.to(self._dtype)
+        dtype = self._dtypes[name]
+        kept = tensor.to(dtype)
         if kept.dtype != tensor.dtype and kept.isfinite().sum() != tensor.isfinite().sum():
             raise CheckpointError(
-                f"tensor {name}: has values up to {tensor.abs().max():.3g}, which {_NAMES[self._dtype]} "
+                f"tensor {name}: has values up to {tensor.abs().max():.3g}, which {_NAMES[dtype]} "
                 "cannot hold; give --dtype float32 or bfloat16"
             )
         try:
@@ -277,11 +282,10 @@ class ShardWriter:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in self._shards[self._num_opened]:
-            shape = self._shapes[name]
-            end = offset + math.prod(shape) * self._dtype.itemsize
+            end = offset + self._size(name)
             entries[name] = {
-                "dtype": _NAMES[self._dtype],
-                "shape": list(shape),
+                "dtype": _NAMES[self._dtypes[name]],
+                "shape": list(self._shapes[name]),
                 "data_offsets": [offset, end],
             }
             offset = end
@@ -298,9 +302,9 @@ class ShardWriter:
             self._file = None
 
     def _write_index(self) -> None:
-        numels = [math.prod(shape) for shape in self._shapes.values()]
+        num_parameters = sum(math.prod(shape) for shape in self._shapes.values())
         places = {name: file for shard, file in zip(self._shards, self.files, strict=True) for name in shard}
-        metadata = {"total_parameters": sum(numels), "total_size": sum(numels) * self._dtype.itemsize}
+        metadata = {"total_parameters": num_parameters, "total_size": sum(map(self._size, self._shapes))}
         text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(places.items()))}, indent=2)
         (self._folder / INDEX_FILE).write_text(text + "\n")
 

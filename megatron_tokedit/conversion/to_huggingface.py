@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_tokedit.conversion.architecture import Architecture, Entry
+from megatron_tokedit.conversion.architecture import EMBEDDING, Architecture, Entry
 from megatron_tokedit.conversion.layouts import Sizes
 from megatron_tokedit.conversion.output_folder import TOKENIZER_FOLDER
 from megatron_tokedit.conversion.registry import ARCHITECTURES
@@ -24,7 +24,7 @@ from megatron_tokedit.conversion.safetensors_files import MAX_SHARD_BYTES, Shard
 from megatron_tokedit.conversion.settings import hugging_face_config, hugging_face_faults, refuse
 from megatron_tokedit.conversion.tokenizer_files import (
     CONFIG_FILE,
-    GENERATION_FILE,
+    read_generation_settings,
     vocabulary_faults,
     write_tokenizer,
 )
@@ -46,7 +46,7 @@ class TrainedModel:
         weights: of it.
         architecture: to write.
         entries: of every weight.
-        dtype: to write.
+        dtypes: to write, by our name of a weight.
         tokenizer: that the model was trained with.
         start_id: the id that a document follows.
     """
@@ -54,7 +54,7 @@ class TrainedModel:
     weights: StoredWeights
     architecture: Architecture
     entries: tuple[Entry, ...]
-    dtype: torch.dtype
+    dtypes: dict[str, torch.dtype]
     tokenizer: Tokenizer
     start_id: int | None
 
@@ -74,6 +74,11 @@ class TrainedModel:
                 entry.theirs, entry.layout.shapes(ours[entry.ours], self.sizes), strict=True
             )
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, which stands for the model."""
+        return self.dtypes[EMBEDDING]
 
     @property
     def num_bytes(self) -> int:
@@ -97,7 +102,7 @@ def open_trained(
 
     Args:
         path: a run folder or a step folder.
-        dtype: to write; default: what the weights are stored in (of several, the widest).
+        dtype: to write; default: of every weight what it is stored in.
         tokenizer_type: default: as recorded.
         tokenizer_model: where the recorded tokenizer lies now, if it was moved.
 
@@ -113,10 +118,9 @@ def open_trained(
     assert {entry.ours for entry in entries} == weights.outline.shapes.keys()
     tokenizer = _recorded_tokenizer(weights, tokenizer_type, tokenizer_model)
     refuse(weights.folder, "cannot be converted", vocabulary_faults(tokenizer, weights.vocab_size))
-    stored = {weights.dtype(entry.ours) for entry in entries}
-    widest = max(stored, key=lambda kind: (kind.itemsize, kind == torch.bfloat16))
+    dtypes = {entry.ours: dtype or weights.dtype(entry.ours) for entry in entries}
     start = weights.state.get("start_id", tokenizer.eod)
-    return TrainedModel(weights, architecture, entries, dtype or widest, tokenizer, start)
+    return TrainedModel(weights, architecture, entries, dtypes, tokenizer, start)
 
 
 def _recorded_tokenizer(weights: StoredWeights, kind: str | None, model: str | None) -> Tokenizer:
@@ -162,7 +166,8 @@ def write_hugging_face_folder(
     """
     _write_settings(trained, folder)  # the weights last: what can be wrong is known before they are read
     write_tokenizer(trained.tokenizer, folder, trained.start_id)
-    with ShardWriter(folder, trained.shapes, trained.dtype, max_shard_bytes=max_shard_bytes) as writer:
+    dtypes = {name: trained.dtypes[entry.ours] for entry in trained.entries for name in entry.theirs}
+    with ShardWriter(folder, trained.shapes, dtypes, max_shard_bytes=max_shard_bytes) as writer:
         for entry, ours in _weights(trained):
             on_bytes(ours.nbytes)
             for name, part in zip(entry.theirs, entry.layout.split(ours, trained.sizes), strict=True):
@@ -181,8 +186,6 @@ def _weights(trained: TrainedModel) -> Iterator[tuple[Entry, torch.Tensor]]:
 
 
 def _write_settings(trained: TrainedModel, folder: Path) -> None:
-    from transformers import GenerationConfig
-
     origin = _origin_folder(trained)
     ids = _token_ids(trained, origin)
     config = hugging_face_config(
@@ -193,14 +196,20 @@ def _write_settings(trained: TrainedModel, folder: Path) -> None:
     )
     config.save_pretrained(folder)
     _add_old_rope_settings(folder / CONFIG_FILE)
-    generation = GenerationConfig(**ids)
-    if origin is not None and (origin / GENERATION_FILE).is_file():
-        try:
-            generation = GenerationConfig.from_pretrained(origin)
-        except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s: left out: %s", origin / GENERATION_FILE, " ".join(str(error).split())[:300])
-        generation.bos_token_id = ids["bos_token_id"]
-    generation.save_pretrained(folder)
+    _generation_settings(trained, origin, ids).save_pretrained(folder)
+
+
+def _generation_settings(trained: TrainedModel, origin: Path | None, ids: dict[str, Any]) -> Any:
+    """The published model's ``GenerationConfig``, but for a start token of training's own."""
+    from transformers import GenerationConfig
+
+    kept = None if origin is None else read_generation_settings(origin)
+    if origin is None or kept is None:
+        ends = list(trained.weights.state.get("stop_ids") or ())
+        return GenerationConfig(**ids | ({"eos_token_id": ends if ends[1:] else ends[0]} if ends else {}))
+    if ids["bos_token_id"] != _published_ids(origin).get("bos_token_id"):
+        kept.bos_token_id = ids["bos_token_id"]
+    return kept
 
 
 def _add_old_rope_settings(file: Path) -> None:
@@ -228,14 +237,22 @@ def _origin_folder(trained: TrainedModel) -> Path | None:
 
 
 def _token_ids(trained: TrainedModel, origin: Path | None) -> dict[str, Any]:
-    """Ids of ``config.json``: the published model's, but for a start token that training has changed."""
+    """Ids of ``config.json``: the published model's or else the tokenizer's, but for a start token that
+    training has changed.
+    """
     tokenizer = trained.tokenizer
-    ids = dict.fromkeys(_IDS) | {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-    if origin is not None:
-        content = json.loads((origin / CONFIG_FILE).read_text())
-        ids = {name: content.get(name) for name in _IDS}
+    says = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
+    ids = says | (_published_ids(origin) if origin is not None else {"bos_token_id": None})
     if tokenizer.bos is not None and tokenizer.bos in tokenizer.prefix_ids:
         ids["bos_token_id"] = tokenizer.bos
     elif trained.start_id is not None:
         ids["bos_token_id"] = trained.start_id
     return ids
+
+
+def _published_ids(origin: Path) -> dict[str, Any]:
+    """Ids that a ``config.json`` names; others have a default of their family in transformers, whatever the
+    tokenizer.
+    """
+    content = json.loads((origin / CONFIG_FILE).read_text())
+    return {name: content[name] for name in _IDS if name in content}

@@ -69,6 +69,35 @@ def start_id(tokenizer: Tokenizer) -> int | None:
     return tokenizer.bos if tokenizer.prepends_bos else None
 
 
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """The ids at which a published model ends a text: those of its generation settings where it has them, or
+    else those that its configuration names.
+
+    Args:
+        folder: of the model.
+    """
+    settings = read_generation_settings(folder)
+    if settings is None:
+        ends = json.loads((folder / CONFIG_FILE).read_text()).get("eos_token_id")
+    else:
+        ends = settings.eos_token_id
+    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+
+
+def read_generation_settings(folder: Path) -> Any:
+    """The ``GenerationConfig`` of a folder; None where there is none, or none that transformers takes."""
+    from transformers import GenerationConfig
+
+    file = folder / GENERATION_FILE
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s: left out: %s", file, " ".join(str(error).split())[:300])
+        return None
+
+
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path, source: Path) -> Tokenizer:
     """Copy a published model's tokenizer and its settings into a folder beside a checkpoint.
 

@@ -60,7 +60,7 @@ class CachedDecoder:
                 f"precision.recipe: {model.precision.recipe} multiplies many tokens at a time, and text is "
                 "written one by one; generate in bf16 or fp32"
             )
-        gpt = model._gpt
+        gpt = model.gpt
         if model.ctx.pp_size > 1 or gpt.config.sequence_parallel:
             raise ConfigError(
                 "parallel: text is generated with pipeline_model_parallel_size 1 and without "

@@ -29,6 +29,7 @@ from megatron_tokedit.config.validate import cross_section_faults
 from megatron_tokedit.engine import checkpoint, checkpoint_folder, extra_state, preflight
 from megatron_tokedit.engine.initialize import ParallelContext, current_context, initialize
 from megatron_tokedit.engine.model import build_model, unwrap
+from megatron_tokedit.engine.pipeline_stages import Stages
 from megatron_tokedit.engine.sizes import flops_per_token, num_parameters
 from megatron_tokedit.errors import CheckpointError, ConfigError
 
@@ -42,9 +43,13 @@ class LanguageModel:
         max_context_tokens: longest input.
         model_config: the model's section.
         tokenizer_spec: what the checkpoint recorded of its tokenizer, or None.
+        stop_ids: at which the published model that the checkpoint comes from ends a text; the end of a
+            document need not be among them.
         checkpoint: the step folder it came from.
         device: where it computes.
         precision: what it computes in.
+        gpt: megatron-core's model without its output layer, for who runs or replaces its layers.
+        stages: how this rank's stage and its neighbours exchange hidden states; None: there is one stage.
     """
 
     def __init__(
@@ -56,13 +61,12 @@ class LanguageModel:
         *,
         precision: PrecisionConfig,
         tokenizer_spec: dict[str, Any] | None = None,
+        stop_ids: tuple[int, ...] = (),
         checkpoint_folder: Path | None = None,
     ) -> None:
-        self._gpt = unwrap(module).eval()
-        self._gpt.requires_grad_(False)
-        self._gpt.post_process = (
-            False  # GPTModel.forward then returns the decoder's output, final norm applied
-        )
+        self.gpt: Any = unwrap(module).eval()
+        self.gpt.requires_grad_(False)
+        self.gpt.post_process = False  # its forward then gives the decoder's output, final norm applied
         self.model_config = model_config
         self.vocab_size = vocab_size
         self.max_context_tokens = model_config.max_positions
@@ -70,9 +74,10 @@ class LanguageModel:
         self.device = ctx.device
         self.precision = precision
         self.tokenizer_spec = tokenizer_spec
+        self.stop_ids = stop_ids
         self.checkpoint = checkpoint_folder
         self._fingerprint: str | None = None
-        self._stages = _Stages(self._gpt) if ctx.pp_size > 1 else None
+        self.stages = Stages(self.gpt) if ctx.pp_size > 1 else None
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -80,9 +85,9 @@ class LanguageModel:
         stage only. Ids from ``vocab_size`` on are padding; the first row is that of ``first_output_id``.
         """
         assert self.ctx.is_last_stage, "the output layer is on the last stage"
-        if self._gpt.share_embeddings_and_output_weights and self.ctx.is_first_stage:
-            return self._gpt.embedding.word_embeddings.weight.detach()
-        return self._gpt.output_layer.weight.detach()
+        if self.gpt.share_embeddings_and_output_weights and self.ctx.is_first_stage:
+            return self.gpt.embedding.word_embeddings.weight.detach()
+        return self.gpt.output_layer.weight.detach()
 
     @property
     def first_output_id(self) -> int:
@@ -92,7 +97,7 @@ class LanguageModel:
     @property
     def layers(self) -> list[Any]:
         """megatron-core's transformer layers of this rank."""
-        return list(self._gpt.decoder.layers)
+        return list(self.gpt.decoder.layers)
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -105,7 +110,7 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states and parameters."""
-        return next(self._gpt.parameters()).dtype
+        return next(self.gpt.parameters()).dtype
 
     @torch.inference_mode()
     def hidden_states(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -119,23 +124,28 @@ class LanguageModel:
             ``[B, T, hidden]`` in the model's dtype; on a rank of another stage than the last nothing of use.
         """
         num_rows, length = ids_BT.shape
-        is_cut = bool(self._gpt.config.sequence_parallel)
-        filled_BT = fill_up(
-            ids_BT,
-            self.precision.traits.token_multiple,
-            self.max_context_tokens,
-            length_multiple=self.ctx.tp_size if is_cut else 1,
-        )
+        is_cut = bool(self.gpt.config.sequence_parallel)
+        filled_BT = self.filled(ids_BT)
         positions = torch.arange(filled_BT.size(1), device=filled_BT.device).expand_as(filled_BT)
-        if self._stages is None:
-            hidden_TBH: torch.Tensor = self._gpt(filled_BT, positions, None)
+        if self.stages is None:
+            hidden_TBH: torch.Tensor = self.gpt(filled_BT, positions, None)
         else:
-            hidden_TBH = self._stages.forward(filled_BT, positions)
+            hidden_TBH = self.stages.forward(filled_BT, positions)
         if is_cut and self.ctx.is_last_stage:
             from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
             hidden_TBH = gather_from_sequence_parallel_region(hidden_TBH, tensor_parallel_output_grad=False)
         return hidden_TBH.transpose(0, 1)[:num_rows, :length]
+
+    def filled(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """The ids with as many tokens as the layers take, ``[B', T']``; see :func:`fill_up`."""
+        is_cut = bool(self.gpt.config.sequence_parallel)
+        return fill_up(
+            ids_BT,
+            self.precision.traits.token_multiple,
+            self.max_context_tokens,
+            length_multiple=self.ctx.tp_size if is_cut else 1,
+        )
 
     def count_parameters(self) -> tuple[int, int, int]:
         """What a forward pass of the whole model costs, whatever part of it is here.
@@ -145,13 +155,13 @@ class LanguageModel:
             embedding tables and experts it is not sent to left out; query heads x size of a head, summed over
             layers.
         """
-        config = self._gpt.config
+        config = self.gpt.config
         attention_width = config.num_layers * config.num_attention_heads * config.kv_channels
         if self.ctx.tp_size * self.ctx.pp_size > 1:
             products = round(flops_per_token(self.model_config, self.vocab_size, seq_length=1) / 6)
             everything = num_parameters(self.model_config, self.vocab_size)
             return everything, products - 2 * attention_width, attention_width
-        parameters = dict(self._gpt.named_parameters())
+        parameters = dict(self.gpt.named_parameters())
         tables = {
             name for name in parameters if name.startswith("embedding.") or name.startswith("output_layer.")
         }
@@ -177,7 +187,7 @@ class LanguageModel:
             digest = hashlib.sha256(self.model_config.model_dump_json().encode())
             if self.precision.is_fp8:
                 digest.update(self.precision.recipe.encode())
-            for name, parameter in sorted(self._gpt.named_parameters()):
+            for name, parameter in sorted(self.gpt.named_parameters()):
                 rows = (
                     self.vocab_size
                     if name.endswith(("word_embeddings.weight", "output_layer.weight"))
@@ -188,34 +198,6 @@ class LanguageModel:
                 digest.update(data.view(torch.uint8).numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
-
-
-class _Stages:
-    """A forward pass over pipeline stages, each of which sends its output on, by megatron-core's messages.
-
-    Nobody waits for a stage behind: while one works on a batch, the one before it works on the next.
-    """
-
-    def __init__(self, gpt: Any) -> None:
-        from megatron.core import parallel_state
-        from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-        self._gpt, self._config = gpt, gpt.config
-        self._is_first = parallel_state.is_pipeline_first_stage()
-        self._is_last = parallel_state.is_pipeline_last_stage()
-        self._config.batch_p2p_sync = False  # or the host would wait for the GPU at every message
-        self._messages = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), gpt.config)
-
-    def forward(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
-        """This stage's output ``[T / ranks that a sequence is cut among, B, hidden]``."""
-        config = self._config
-        pieces = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        shape = (ids_BT.size(1) // pieces, ids_BT.size(0), config.hidden_size)
-        if not self._is_first:
-            self._gpt.set_input_tensor(self._messages.recv_forward(shape, is_first_stage=False))
-        hidden: torch.Tensor = self._gpt(ids_BT, positions_BT, None)
-        self._messages.send_forward(hidden, is_last_stage=self._is_last)
-        return hidden
 
 
 def fill_up(
@@ -381,5 +363,6 @@ def load_language_model(
         ctx,
         precision=precision,
         tokenizer_spec=state.get("tokenizer"),
+        stop_ids=tuple(state.get("stop_ids", ())),
         checkpoint_folder=folder,
     )

@@ -93,31 +93,56 @@ def load_text_model(
         TokenizerError: no usable tokenizer, or not the model's.
         ConfigError: a device or precision that cannot be had.
     """
-    if dtype not in ("auto", *RECIPES):
-        raise ConfigError(f"dtype: {dtype!r}, expected auto, {' or '.join(RECIPES)}")
-    device_type, _ = preflight.resolve_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if device_type == "cuda" else "float32"
+    device_type, dtype = resolve_machine(device, dtype)
+    tokenizer, start_id = find_tokenizer(path, tokenizer_type, tokenizer_model)
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        from megatron_tokedit.generation.huggingface import load_model
+
+        return from_huggingface_model(load_model(folder, device_type, dtype), folder, tokenizer)
+    from megatron_tokedit.engine.inference import load_language_model
+
+    model = load_language_model(checkpoint_folder.require(folder), device=device, precision=RECIPES[dtype])
+    return from_language_model(model, tokenizer, start_id=start_id)
+
+
+def find_tokenizer(
+    path: str | Path, tokenizer_type: str | None = None, tokenizer_model: str | None = None
+) -> tuple[Tokenizer, int | None]:
+    """The tokenizer of a checkpoint or of a model folder, as :func:`load_text_model` finds it.
+
+    Returns:
+        The tokenizer, and the id that stood before every document in training; None: nothing did.
+
+    Raises:
+        CheckpointError: no usable model is there.
+        TokenizerError: no usable tokenizer, or not the model's.
+        ConfigError: one of the two arguments without the other, with a model folder.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run folder, a step folder or a model folder")
     if (folder / "config.json").is_file():
         tokenizer = _folder_tokenizer(folder, tokenizer_type, tokenizer_model)
-        return _load_huggingface(folder, tokenizer, device_type, dtype)
-    return _load_checkpoint(folder, device, dtype, tokenizer_type, tokenizer_model)
-
-
-def _load_checkpoint(
-    path: Path, device: str, dtype: str, tokenizer_type: str | None, tokenizer_model: str | None
-) -> TextModel:
-    from megatron_tokedit.engine.inference import load_language_model
-
-    folder = checkpoint_folder.require(path)
+        return tokenizer, tokenizer.bos if tokenizer.prepends_bos else None
+    folder = checkpoint_folder.require(folder)
     state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
     tokenizer = _recorded_tokenizer(folder, state.get("tokenizer") or {}, tokenizer_type, tokenizer_model)
-    model = load_language_model(folder, device=device, precision=RECIPES[dtype])
-    # null where a converted model has none
-    return from_language_model(model, tokenizer, start_id=state.get("start_id", tokenizer.eod))
+    return tokenizer, state.get("start_id", tokenizer.eod)  # null where a converted model has none
+
+
+def resolve_machine(device: str, dtype: str) -> tuple[str, str]:
+    """What :func:`load_text_model` takes ``auto`` for: the kind of device, and the precision.
+
+    Raises:
+        ConfigError: a device or precision that cannot be had.
+    """
+    if dtype not in ("auto", *RECIPES):
+        raise ConfigError(f"dtype: {dtype!r}, expected auto, {' or '.join(RECIPES)}")
+    device_type, _ = preflight.resolve_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if device_type == "cuda" else "float32"
+    return device_type, dtype
 
 
 def from_language_model(model: LanguageModel, tokenizer: Tokenizer, *, start_id: int | None) -> TextModel:
@@ -141,17 +166,26 @@ def from_language_model(model: LanguageModel, tokenizer: Tokenizer, *, start_id:
         path=path,
         tokenizer=tokenizer,
         start_id=None if start_id in tokenizer.prefix_ids else start_id,
-        stop_ids=frozenset(i for i in (tokenizer.eod, start_id) if i is not None),
+        stop_ids=frozenset(i for i in (tokenizer.eod, start_id, *model.stop_ids) if i is not None),
         vocab_size=min(model.vocab_size, tokenizer.vocab_size),
         max_positions=model.max_context_tokens,
         make_decoder=lambda: CachedDecoder(model),
     )
 
 
-def _load_huggingface(folder: Path, tokenizer: Tokenizer, device_type: str, dtype: str) -> TextModel:
-    from megatron_tokedit.generation.huggingface import HuggingFaceDecoder, load_model
+def from_huggingface_model(model: Any, folder: Path, tokenizer: Tokenizer) -> TextModel:
+    """A transformers model that is loaded already; it stays as it is for others.
 
-    model = load_model(folder, device_type, dtype)
+    Args:
+        model: a causal language model.
+        folder: that it came from.
+        tokenizer: the model's.
+
+    Raises:
+        TokenizerError: the tokenizer has more ids than the model.
+    """
+    from megatron_tokedit.generation.huggingface import HuggingFaceDecoder
+
     config = model.config
     _check_vocabulary(str(folder), tokenizer, config.vocab_size)
     ends = getattr(model.generation_config, "eos_token_id", None)

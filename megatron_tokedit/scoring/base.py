@@ -1,9 +1,9 @@
 """The one scoring contract: token ids in, per-token log-probabilities and, where asked, candidates out.
 
 Legend: ``T`` tokens of a document, ``E`` rows for which candidates are wanted, ``K`` candidates a row.
-Invariant: every token is scored exactly once, log-softmax is float32 over the real vocabulary (padding of
-the vocabulary never takes part), and what a document gets does not depend on what else is scored with it,
-beyond float rounding.
+Invariant: every token that is asked for is scored exactly once, log-softmax is float32 over the real
+vocabulary (padding of the vocabulary never takes part), and what a document gets does not depend on what else
+is scored with it, beyond float rounding.
 """
 
 from __future__ import annotations
@@ -80,9 +80,13 @@ class Scorer(Protocol):
         documents: Sequence[npt.NDArray[np.int32]],
         candidates: CandidateRequest | None = None,
         *,
+        scored_from: Sequence[int] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[TokenScores]:
         """Score documents; one result each, in order. Empty documents give empty results.
+
+        With ``scored_from``, a position a document, the tokens before it are context only: they have no
+        score (NaN) and no candidates, and cost no pass over the vocabulary.
 
         ``on_batch`` is told the number of tokens that each batch scored.
 

@@ -48,15 +48,16 @@ class HuggingFaceBackbone:
     def __init__(self, path: str, *, fingerprint: str, dtype: str, device: torch.device) -> None:
         self.device = device
         self.fingerprint = hashlib.sha256(f"{fingerprint} {dtype}".encode()).hexdigest()
-        self._model = _load_model(path, DTYPES[dtype]).to(device).eval().requires_grad_(False)
-        config = self._model.config
+        self.model = _load_model(path, DTYPES[dtype]).to(device).eval().requires_grad_(False)
+        """transformers' model, but for what is faster now."""
+        config = self.model.config
         self.max_context_tokens = context_limit(config)
-        self._base = self._model.base_model
-        self.head = _find_head(path, self._model)
-        self.size = _model_size(self._model)
+        self._base = self.model.base_model
+        self.head = _find_head(path, self.model)
+        self.size = _model_size(self.model)
         sample_1L = self._sample()
         own_LV = self._own_logprobs(sample_1L)
-        speed_up(self._model)
+        speed_up(self.model)
         self._check(path, sample_1L, own_LV)
 
     def hidden_states(self, ids_BL: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class HuggingFaceBackbone:
     @torch.inference_mode()
     def _own_logprobs(self, ids_1L: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[L, V]`` from the model's own ``forward``."""
-        logits_LV: torch.Tensor = self._model(input_ids=ids_1L, use_cache=False).logits[0]
+        logits_LV: torch.Tensor = self.model(input_ids=ids_1L, use_cache=False).logits[0]
         return logits_LV[:, : self.head.vocab_size].float().log_softmax(-1)
 
     @torch.inference_mode()
@@ -93,7 +94,7 @@ class HuggingFaceBackbone:
         if not difference <= tolerance:
             raise PriorError(
                 f"{path}: log-probabilities from the chunked head differ by {difference:.3g} from those of "
-                f"{type(self._model).__name__} itself; this architecture's head is not supported"
+                f"{type(self.model).__name__} itself; this architecture's head is not supported"
             )
         half = ids_1L.shape[1] // 2
         half_LV = self.head.logits(self.hidden_states(ids_1L[:, :half])[0]).log_softmax(-1)
@@ -101,7 +102,7 @@ class HuggingFaceBackbone:
         if not difference <= tolerance:
             raise PriorError(
                 f"{path}: what follows a token changes its log-probability by {difference:.3g} "
-                f"({type(self._model).__name__}); a prior must be a causal language model"
+                f"({type(self.model).__name__}); a prior must be a causal language model"
             )
 
 

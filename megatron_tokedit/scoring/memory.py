@@ -7,13 +7,15 @@ block, so that the tensors of the failed try are free by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 
 from megatron_tokedit.errors import PriorError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.scoring.batches import Batch
+from megatron_tokedit.scoring.windows import Window
 
 logger = get_logger(__name__)
 
@@ -39,6 +41,32 @@ def attempt(work: Callable[[], Result]) -> Result | None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None
+
+
+class Partners(Protocol):
+    """Processes that make a forward pass together, as one of them sees it."""
+
+    def attempt(self, batch: Batch, work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Make a pass over a batch; None in all of them where memory ran out in one. Collective."""
+
+
+def halves_of(batches: Iterable[Sequence[Window]]) -> list[Sequence[Window]]:
+    """Batches for which memory did not suffice, in halves.
+
+    Raises:
+        PriorError: one of them is a single window.
+    """
+    halves = []
+    for windows in batches:
+        if len(windows) == 1:
+            raise PriorError(
+                "out of memory in the prior's forward pass of a single window of "
+                f"{windows[0].num_tokens} tokens; lower --prior-context (and --prior-batch-tokens), "
+                "start fewer workers, or give --prior-dtype bfloat16"
+            )
+        half = len(windows) // 2
+        halves += [windows[:half], windows[half:]]
+    return halves
 
 
 class ChunkLimit:

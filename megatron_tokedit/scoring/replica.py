@@ -5,14 +5,18 @@ what it is going to do, and all of them do the same: with the same documents the
 hidden states on and join their parts of the vocabulary (``sharded``). The stages in front of the last one
 only pass on.
 
+Where memory runs out in one of them, that one goes through the rest of the pass with zeros
+(``engine.unfinished_pass``); then all hear of it, and the batch is scored in halves when the others are done.
+
 Invariant: what a document gets is what one process gives it, to float rounding; a failure anywhere is raised
 everywhere (``replica_group``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,15 +24,18 @@ import numpy.typing as npt
 import torch
 
 from megatron_tokedit.engine.inference import LanguageModel
+from megatron_tokedit.engine.unfinished_pass import PassMeetings
 from megatron_tokedit.errors import PriorError
 from megatron_tokedit.scoring.base import CandidateRequest, TokenScores
-from megatron_tokedit.scoring.batches import join_documents, make_batch
+from megatron_tokedit.scoring.batches import Batch, join_documents, make_batch
 from megatron_tokedit.scoring.identity import PriorIdentity
 from megatron_tokedit.scoring.megatron import MegatronBackbone, load_part
 from megatron_tokedit.scoring.megatron_layers import speed_up
-from megatron_tokedit.scoring.replica_group import Leave, Replica
+from megatron_tokedit.scoring.memory import attempt, halves_of
+from megatron_tokedit.scoring.replica_group import Leave, Replica, Vote
 from megatron_tokedit.scoring.scorer import CausalScorer, Documents, ScoringOptions
 from megatron_tokedit.scoring.transfer import upload
+from megatron_tokedit.scoring.windows import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +55,81 @@ class Call:
 
     documents: list[npt.NDArray[np.int32]]
     candidates: CandidateRequest | None
+    scored_from: Sequence[int] | None
 
 
 class _Part(Protocol):
     """What a process does in a call."""
 
-    def score(self, documents: Documents, candidates: CandidateRequest | None = None) -> list[TokenScores]:
+    def score(
+        self,
+        documents: Documents,
+        candidates: CandidateRequest | None = None,
+        *,
+        scored_from: Sequence[int] | None = None,
+    ) -> list[TokenScores]:
         """Its part of scoring documents."""
+
+
+class _Passes:
+    """Forward passes of this process with the others; see :class:`~megatron_tokedit.scoring.memory.Partners`.
+
+    Args:
+        replica: this process's.
+        model: its part, whose layers are what they will be.
+    """
+
+    def __init__(self, replica: Replica, model: LanguageModel) -> None:
+        self._replica, self._meetings = replica, PassMeetings(model)
+
+    def attempt(self, batch: Batch, work: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Make a pass over a batch, and wait until all have; None where memory ran out in one of them."""
+        result, vote = self.begin(batch, work)
+        return result if vote.is_unanimous() else None
+
+    def begin(self, batch: Batch, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor | None, Vote]:
+        """Make a pass over a batch; what it gave here, and how it went in all, which is to be waited for."""
+        if not self._meetings.can_finish:  # who runs out of memory ends all, see Replica.together
+            return work(), Vote()
+        self._meetings.begin()
+        result = attempt(work)
+        if result is None:
+            self._meetings.finish(torch.from_numpy(batch.ids_BL))
+        return result, self._replica.vote(result is not None)
 
 
 class _Stage:
     """A stage in front of the last one: passes hidden states on and sees no result."""
 
-    def __init__(self, model: LanguageModel, options: ScoringOptions) -> None:
+    def __init__(self, replica: Replica, model: LanguageModel, options: ScoringOptions) -> None:
         speed_up(model)
+        self._passes = _Passes(replica, model)
         self._model, self._options = model, options
 
     @torch.inference_mode()
-    def score(self, documents: Documents, candidates: CandidateRequest | None = None) -> list[TokenScores]:
+    def score(
+        self,
+        documents: Documents,
+        candidates: CandidateRequest | None = None,
+        *,
+        scored_from: Sequence[int] | None = None,
+    ) -> list[TokenScores]:
         """Forward every batch that the last stage is going to score; no results."""
         ids_G, offsets = join_documents(documents)
-        for windows in self._options.plan([len(ids) for ids in documents]):
-            batch = make_batch(windows, ids_G, offsets, self._options.start_id)
-            if len(batch.places_N):
-                self._model.hidden_states(upload(batch.ids_BL, self._model.device))
+        batches: Iterable[Sequence[Window]]
+        batches = self._options.plan([len(ids) for ids in documents], scored_from)
+        while batches:
+            votes = []
+            for windows in batches:
+                batch = make_batch(windows, ids_G, offsets, self._options.start_id)
+                if len(batch.places_N):
+                    _, vote = self._passes.begin(batch, partial(self._forward, batch))
+                    votes.append((windows, vote))
+            batches = halves_of(windows for windows, vote in votes if not vote.is_unanimous())
         return []
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        return self._model.hidden_states(upload(batch.ids_BL, self._model.device))
 
 
 class ReplicaScorer(CausalScorer):
@@ -93,7 +150,7 @@ class ReplicaScorer(CausalScorer):
         *,
         deferred: bool | None = None,
     ) -> None:
-        super().__init__(backbone, options, deferred=deferred, is_alone=False)
+        super().__init__(backbone, options, deferred=deferred, partners=_Passes(replica, backbone.model))
         self._replica = replica
 
     def score(
@@ -101,6 +158,7 @@ class ReplicaScorer(CausalScorer):
         documents: Documents,
         candidates: CandidateRequest | None = None,
         *,
+        scored_from: Sequence[int] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[TokenScores]:
         """See :class:`megatron_tokedit.scoring.base.Scorer`; :class:`PriorError` also where another process
@@ -108,8 +166,8 @@ class ReplicaScorer(CausalScorer):
         """
         self.check_ids(join_documents(documents)[0])
         with self._replica.together():
-            self._replica.announce(Call(list(documents), candidates))
-            return super().score(documents, candidates, on_batch=on_batch)
+            self._replica.announce(Call(list(documents), candidates, scored_from))
+            return super().score(documents, candidates, scored_from=scored_from, on_batch=on_batch)
 
 
 def load_scorer(
@@ -143,13 +201,18 @@ def load_scorer(
         return ReplicaScorer(replica, backbone, options, deferred=deferred)
 
 
-def follow(replica: Replica) -> None:
+def follow(replica: Replica, do_else: Callable[[object, LanguageModel], None] | None = None) -> None:
     """Do what the leader announces until it leaves. By all other processes of a replica.
+
+    Args:
+        replica: this process's.
+        do_else: is given what is not of here, and this process's part of the model.
 
     Raises:
         PriorError: the leader or another process failed.
     """
     part: _Part | None = None
+    model: LanguageModel | None = None
     while True:
         with replica.together():
             match replica.hear():
@@ -163,14 +226,17 @@ def follow(replica: Replica) -> None:
                     model = _load(replica, identity, dtype, threads)
                     if model.ctx.is_last_stage:
                         backbone = MegatronBackbone(identity, model, dtype=dtype)
-                        part = CausalScorer(backbone, options, deferred=deferred, is_alone=False)
+                        passes = _Passes(replica, model)
+                        part = CausalScorer(backbone, options, deferred=deferred, partners=passes)
                     else:
-                        part = _Stage(model, options)
-                case Call(documents, candidates):
+                        part = _Stage(replica, model, options)
+                case Call(documents, candidates, scored_from):
                     assert part is not None, "a prior is loaded before it scores"
-                    part.score(documents, candidates)
-                case unknown:
-                    raise AssertionError(f"the leader said {unknown!r}")
+                    part.score(documents, candidates, scored_from=scored_from)
+                case command:
+                    assert do_else is not None, f"the leader said {command!r}"
+                    assert model is not None, "a prior is loaded before anything is done with it"
+                    do_else(command, model)
 
 
 def _load(replica: Replica, identity: PriorIdentity, dtype: str, threads: int) -> LanguageModel:

@@ -46,6 +46,25 @@ class Leave:
     message: str | None = None
 
 
+class Vote:
+    """What all processes say to one question, on its way. Without a question all agree.
+
+    Args:
+        is_against: one number, other than 0 where a process is against.
+        work: that brings it.
+    """
+
+    def __init__(self, is_against: torch.Tensor | None = None, work: dist.Work | None = None) -> None:
+        self._is_against, self._work = is_against, work
+
+    def is_unanimous(self) -> bool:
+        """Wait for everybody; whether nobody is against."""
+        if self._is_against is None or self._work is None:
+            return True
+        self._work.wait()
+        return not bool(self._is_against.item())
+
+
 class Replica:
     """This process's place in a replica; as a context manager it tells the others how it ended.
 
@@ -92,6 +111,13 @@ class Replica:
         command: object = heard[0]
         return command
 
+    def vote(self, is_for: bool) -> Vote:
+        """Say whether something went well here, to hear later whether it did everywhere. By all, in order."""
+        is_against = torch.tensor([0 if is_for else 1])
+        maximum = dist.ReduceOp.MAX
+        work = dist.all_reduce(is_against, maximum, group=self._commands, async_op=True)
+        return Vote(is_against, work)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around what all processes do together: a failure here ends the others, one there is raised here.
@@ -108,8 +134,8 @@ class Replica:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 message = (
-                    "out of memory in the prior's forward pass, which several processes cannot repeat in "
-                    "halves; lower --prior-batch-tokens or raise --prior-tensor-parallel"
+                    "out of memory in the prior, where its processes cannot go on in halves; lower "
+                    "--prior-batch-tokens or --prior-logits-bytes, or raise --prior-tensor-parallel"
                 )
                 self._say(message)
                 raise PriorError(message) from error

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,11 @@ from megatron_tokedit.log import get_logger
 from megatron_tokedit.scoring.base import CandidateRequest, TokenScores
 from megatron_tokedit.scoring.batches import Batch, RaggedCandidates, join_documents, make_batch, split_scores
 from megatron_tokedit.scoring.candidates import WIDENING, CandidateSearch, FoundRows
-from megatron_tokedit.scoring.head import OutputHead, RowScores
-from megatron_tokedit.scoring.memory import attempt
+from megatron_tokedit.scoring.head import OutputHead
+from megatron_tokedit.scoring.memory import Partners, attempt, halves_of
 from megatron_tokedit.scoring.sharded import make_head, make_search
 from megatron_tokedit.scoring.transfer import Download, upload
+from megatron_tokedit.scoring.under_way import Launched, Selected, Wanted
 from megatron_tokedit.scoring.windows import Window, plan_batches, plan_windows
 
 logger = get_logger(__name__)
@@ -81,7 +82,8 @@ class ScoringOptions:
     """How a backbone is used.
 
     Attributes:
-        context_tokens: tokens a window.
+        context_tokens: tokens a window; without a start id one more than the model takes, as the last one is
+            no input.
         overlap_tokens: tokens of a window that are context only, in all windows but a document's first.
         start_id: id put before each window; None: none.
         batch_tokens: positions a forward, padding included.
@@ -94,85 +96,22 @@ class ScoringOptions:
     batch_tokens: int
     logits_bytes: int
 
-    def plan(self, lengths: Sequence[int]) -> Iterator[list[Window]]:
+    def plan(
+        self, lengths: Sequence[int], scored_from: Sequence[int] | None = None
+    ) -> Iterator[list[Window]]:
         """The batches, as lists of windows, in which documents of these lengths are scored."""
         windows = [
             window
             for index, length in enumerate(lengths)
             for window in plan_windows(
-                index, length, context=self.context_tokens, overlap=self.overlap_tokens
+                index,
+                length,
+                context=self.context_tokens,
+                overlap=self.overlap_tokens,
+                scored_from=scored_from[index] if scored_from is not None else 0,
             )
         ]
         return plan_batches(windows, self.batch_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A batch whose log-probabilities are on their way."""
-
-    batch: Batch
-    hidden_NH: torch.Tensor
-    scores: RowScores
-    logprobs: Download
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Rows that need candidates, with what the head's first pass found out about them.
-
-    Attributes:
-        places_E: int64 ``[E]``: flat index among all tokens of the call.
-        hidden_EH: ``[E, H]``.
-        normalisers_E: float32 ``[E]``.
-        maxima_CE: float32 ``[C, E]``, by column block.
-    """
-
-    places_E: npt.NDArray[np.int64]
-    hidden_EH: torch.Tensor
-    normalisers_E: torch.Tensor
-    maxima_CE: torch.Tensor
-
-    @classmethod
-    def of_batch(cls, launched: _Launched, rows_E: npt.NDArray[np.int64]) -> Self:
-        """Some rows of a batch."""
-        rows = upload(rows_E, launched.hidden_NH.device)
-        scores = launched.scores
-        return cls(
-            launched.batch.places_N[rows_E],
-            launched.hidden_NH[rows],
-            scores.normalisers_N[rows],
-            scores.maxima_CN[:, rows],
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """The rows of several, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            np.concatenate([part.places_E for part in parts]),
-            torch.cat([part.hidden_EH for part in parts]),
-            torch.cat([part.normalisers_E for part in parts]),
-            torch.cat([part.maxima_CE for part in parts], dim=1),
-        )
-
-    def where(self, is_kept_E: npt.NDArray[np.bool_]) -> _Wanted:
-        """The rows for which it holds."""
-        rows = upload(np.flatnonzero(is_kept_E), self.hidden_EH.device)
-        return _Wanted(
-            self.places_E[is_kept_E],
-            self.hidden_EH[rows],
-            self.normalisers_E[rows],
-            self.maxima_CE[:, rows],
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Selected:
-    """Rows whose candidates are on their way."""
-
-    wanted: _Wanted
-    found: Download
 
 
 class CausalScorer:
@@ -182,7 +121,7 @@ class CausalScorer:
         backbone: the model.
         options: windows and batches.
         deferred: select and collect while later batches run (see the module); default: on a GPU.
-        is_alone: no other process takes part in a forward pass: without memory it is repeated in halves.
+        partners: the processes that take part in a forward pass; None: this one alone.
 
     Raises:
         ConfigError: the context is longer than the model takes, or the overlap not shorter than the context.
@@ -194,12 +133,13 @@ class CausalScorer:
         options: ScoringOptions,
         *,
         deferred: bool | None = None,
-        is_alone: bool = True,
+        partners: Partners | None = None,
     ) -> None:
-        if options.context_tokens > backbone.max_context_tokens:
+        longest = backbone.max_context_tokens + int(options.start_id is None)
+        if options.context_tokens > longest:
             raise ConfigError(
-                f"prior_context={options.context_tokens}: the prior takes at most "
-                f"{backbone.max_context_tokens} tokens; give that or less"
+                f"prior_context={options.context_tokens}: the prior takes at most {longest} tokens; give "
+                "that or less"
             )
         if not 1 <= options.overlap_tokens < options.context_tokens:
             raise ConfigError(
@@ -212,7 +152,7 @@ class CausalScorer:
         self.max_context_tokens = backbone.max_context_tokens
         self._head = make_head(backbone.head, logits_bytes=options.logits_bytes)
         self._deferred = backbone.device.type == "cuda" if deferred is None else deferred
-        self._is_alone = is_alone
+        self._partners = partners
         self._has_warned = False
 
     @property
@@ -229,6 +169,7 @@ class CausalScorer:
         documents: Documents,
         candidates: CandidateRequest | None = None,
         *,
+        scored_from: Sequence[int] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[TokenScores]:
         """See :class:`megatron_tokedit.scoring.base.Scorer`."""
@@ -238,9 +179,13 @@ class CausalScorer:
         if candidates is not None:
             search = make_search(self._head, candidates, asynchronous=self._deferred)
         call = _Call(self, candidates, search, ids_G, offsets, on_batch)
-        for windows in self.options.plan([len(ids) for ids in documents]):
-            call.add(windows)
-        call.drain()
+        batches: Iterable[Sequence[Window]]
+        batches = self.options.plan([len(ids) for ids in documents], scored_from)
+        while batches:
+            for windows in batches:
+                call.add(windows)
+            call.drain()
+            batches = halves_of(call.take_unscored())
         width = None if candidates and candidates.nucleus else (search.limit if search else 0)
         return split_scores(call.logprobs_G, call.found, offsets, width)
 
@@ -252,18 +197,26 @@ class CausalScorer:
                 f"{self.vocab_size}: the tokenizer does not belong to this prior"
             )
 
-    def _launch(self, batch: Batch) -> _Launched:
-        """Forward and log-probabilities of one batch."""
+    def _launch(self, batch: Batch) -> Launched | None:
+        """Forward and log-probabilities of one batch; None where memory ran out."""
+        if self._partners is None:
+            return attempt(lambda: self._score(batch, self._forward(batch)))
+        hidden_NH = self._partners.attempt(batch, lambda: self._forward(batch))
+        return None if hidden_NH is None else self._score(batch, hidden_NH)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of the scored rows."""
         device = self.backbone.device
         hidden_BLH = self.backbone.hidden_states(upload(batch.ids_BL, device))
-        hidden_NH = hidden_BLH.flatten(0, 1)[upload(batch.rows_N, device)]
-        del hidden_BLH
-        scores = self._head.score(hidden_NH, upload(batch.targets_N, device))
-        return _Launched(batch, hidden_NH, scores, Download(scores.logprobs_N))
+        return hidden_BLH.flatten(0, 1)[upload(batch.rows_N, device)]
+
+    def _score(self, batch: Batch, hidden_NH: torch.Tensor) -> Launched:
+        scores = self._head.score(hidden_NH, upload(batch.targets_N, self.backbone.device))
+        return Launched(batch, hidden_NH, scores, Download(scores.logprobs_N))
 
     def _warn_of_memory(self, num_windows: int) -> None:
         """Say once that memory ran out in a forward pass."""
-        if not self._has_warned:
+        if num_windows > 1 and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "out of memory in the prior's forward pass of %d windows: going on with half as many, and "
@@ -289,38 +242,36 @@ class _Call:
         self._search = search if search is not None and search.limit > 0 else None
         self._ids_G, self._offsets = ids_G, offsets
         self._on_batch = on_batch
-        self._launched: deque[_Launched] = deque()
-        self._waiting: list[_Wanted] = []
-        self._selected: deque[_Selected] = deque()
+        self._launched: deque[Launched] = deque()
+        self._waiting: list[Wanted] = []
+        self._selected: deque[Selected] = deque()
+        self._unscored: list[Sequence[Window]] = []
         self.logprobs_G = np.full(len(ids_G), np.nan, np.float32)
         self.found: list[RaggedCandidates] = []
 
     def add(self, windows: Sequence[Window]) -> None:
-        """Score a batch, in halves where memory runs out.
+        """Score a batch; it waits for :meth:`take_unscored` where memory runs out.
 
         Raises:
-            PriorError: a single window does not fit in memory, or the model's numbers are unusable.
+            PriorError: the model's numbers are unusable.
         """
         scorer = self._scorer
         batch = make_batch(windows, self._ids_G, self._offsets, scorer.options.start_id)
         if not len(batch.places_N):
             return
-        launched = attempt(lambda: scorer._launch(batch)) if scorer._is_alone else scorer._launch(batch)
+        launched = scorer._launch(batch)
         if launched is None:
-            self.drain()  # earlier batches hold memory too
-            if len(windows) == 1:
-                raise PriorError(
-                    "out of memory in the prior's forward pass of a single window of "
-                    f"{windows[0].num_tokens} tokens; lower --prior-context (and --prior-batch-tokens), "
-                    "start fewer workers, or give --prior-dtype bfloat16"
-                )
+            self._unscored.append(windows)
             scorer._warn_of_memory(len(windows))
-            half = len(windows) // 2
-            self.add(windows[:half])
-            self.add(windows[half:])
+            self.drain()  # earlier batches hold memory too
             return
         self._launched.append(launched)
         self._advance(keep=1 if scorer._deferred else 0)
+
+    def take_unscored(self) -> list[Sequence[Window]]:
+        """Batches for which memory did not suffice, in order, once."""
+        unscored, self._unscored = self._unscored, []
+        return unscored
 
     def drain(self) -> None:
         """Finish all batches under way."""
@@ -335,7 +286,7 @@ class _Call:
         while len(self._selected) > keep:
             self._collect(self._selected.popleft())
 
-    def _select(self, launched: _Launched) -> None:
+    def _select(self, launched: Launched) -> None:
         """Take in log-probabilities, and start on the candidates of the rows that need them."""
         (logprobs_N,) = launched.logprobs.wait()
         if not np.isfinite(logprobs_N).all():
@@ -353,7 +304,7 @@ class _Call:
             is_wanted_N |= (logprobs_N >= low) & (logprobs_N <= high)
         rows_E = np.flatnonzero(is_wanted_N)
         if len(rows_E):
-            self._waiting.append(_Wanted.of_batch(launched, rows_E))
+            self._waiting.append(Wanted.of_batch(launched, rows_E))
             num_rows = sum(len(wanted.places_E) for wanted in self._waiting)
             if self._scorer._deferred or num_rows >= _SEARCH_ROWS:
                 self._search_waiting()
@@ -362,18 +313,18 @@ class _Call:
         """Start on the candidates of the rows that have been waiting."""
         if self._waiting:
             assert self._search is not None
-            wanted = _Wanted.joined(self._waiting)
+            wanted = Wanted.joined(self._waiting)
             self._waiting.clear()
-            self._selected.append(_Selected(wanted, self._find(wanted, self._search.first_width)))
+            self._selected.append(Selected(wanted, self._find(wanted, self._search.first_width)))
 
-    def _find(self, wanted: _Wanted, width: int) -> Download:
+    def _find(self, wanted: Wanted, width: int) -> Download:
         """Candidates of some rows."""
         assert self._search is not None
         found: FoundRows = self._search.find(wanted.hidden_EH, wanted.normalisers_E, wanted.maxima_CE, width)
         tensors = (found.ids_EK, found.logprobs_EK)
         return Download(*tensors) if found.covered_E is None else Download(*tensors, found.covered_E)
 
-    def _collect(self, selected: _Selected) -> None:
+    def _collect(self, selected: Selected) -> None:
         """Take in candidates; look further where a nucleus without a bound is not covered yet."""
         assert self._search is not None
         assert self._request is not None

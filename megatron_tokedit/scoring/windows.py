@@ -36,18 +36,21 @@ class Window:
         return self.stop - self.start
 
 
-def plan_windows(document: int, num_tokens: int, *, context: int, overlap: int) -> Iterator[Window]:
-    """Windows that cover a document.
+def plan_windows(
+    document: int, num_tokens: int, *, context: int, overlap: int, scored_from: int = 0
+) -> Iterator[Window]:
+    """Windows that cover a document, or what comes behind its first tokens.
 
     Args:
         document: index of the document, copied into each window.
         num_tokens: its length.
         context: tokens a window at most, >= 2.
         overlap: context-only tokens at the start of later windows, 1 <= overlap < context.
+        scored_from: tokens before it are context only.
     """
-    scored = 0
+    scored = scored_from
     while scored < num_tokens:
-        start = max(0, scored - overlap)
+        start = 0 if num_tokens <= context else max(0, scored - overlap)
         stop = min(start + context, num_tokens)
         yield Window(document, start, stop, scored)
         scored = stop

@@ -57,23 +57,25 @@ class BigramScorer:
         documents: Sequence[npt.NDArray[np.int32]],
         candidates: CandidateRequest | None = None,
         *,
+        scored_from: Sequence[int] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[TokenScores]:
         """See :class:`megatron_tokedit.scoring.base.Scorer`; a document is a batch."""
         scores = []
-        for ids in documents:
-            scores.append(self._score(ids.tolist(), candidates))
+        for index, ids in enumerate(documents):
+            first = scored_from[index] if scored_from is not None else 0
+            scores.append(self._score(ids.tolist(), candidates, first))
             num_scored = int(np.count_nonzero(~np.isnan(scores[-1].logprobs_T)))
             if on_batch is not None and num_scored:
                 on_batch(num_scored)
         return scores
 
-    def _score(self, ids: list[int], request: CandidateRequest | None) -> TokenScores:
+    def _score(self, ids: list[int], request: CandidateRequest | None, first: int) -> TokenScores:
         """One document."""
         previous = [self.bos, *ids]
         logprobs = [
-            float("nan") if before is None else float(self.logprobs_VV[before, token])
-            for before, token in zip(previous, ids, strict=False)
+            float("nan") if before is None or i < first else float(self.logprobs_VV[before, token])
+            for i, (before, token) in enumerate(zip(previous, ids, strict=False))
         ]
         positions, rows = [], []
         for position, logprob in enumerate(logprobs):

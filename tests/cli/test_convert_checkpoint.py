@@ -59,16 +59,20 @@ def test_a_run_and_another_over_it(ranks: RankPool, source: Path, tmp_path: Path
         ("--from", "hf", "--to", "megatron", *common, "--quiet"),
         common,
         (*common, "--overwrite", "--check", "--check-tokens", 200),
+        (*common, "--overwrite", "--check", "--check-tokens", 200, "--check-context", 32),
+        (*common, "--overwrite", "--check", "--check-context", 1),
     ]
     (results,) = ranks.run(conversion_cases.convert_all, calls, world_size=1)
-    assert [code for code, _ in results] == [0, 0, 1, 0], results
-    dry, quiet, again, over = (shown for _, shown in results)
+    assert [code for code, _ in results] == [0, 0, 1, 0, 0, 1], results
+    dry, quiet, again, over, short, none = (shown for _, shown in results)
     assert "llama, 4 layers x 32, 301 ids -> megatron" in dry
     assert "wrote" not in dry
     assert quiet == ""
     assert "exists; give another folder, or --overwrite to replace it" in again
-    assert "check: 199 tokens in float32" in over
+    assert "check: 199 tokens in float32, in windows of 64:" in over  # the model has no more positions
+    assert "check: 199 tokens in float32, in windows of 32:" in short
     assert "GB/s; peak memory" in over.splitlines()[-1]
+    assert "--check-context: 1, expected 2 tokens or more" in none
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
@@ -108,3 +112,27 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(source: Path, tmp_path: Pa
     assert shown.returncode == 0, shown.stderr
     assert checkpoint_folder.is_complete(output / "checkpoints" / "step_00000000")
     assert not partial.exists()
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+    """And says what the same command does: it starts anew."""
+    large = conversion_cases.write_published(
+        tmp_path / "large", "llama", num_hidden_layers=16, hidden_size=512, intermediate_size=1408
+    )
+    output, partial = tmp_path / "made", tmp_path / "made.partial"
+    process = subprocess.Popen(
+        [*TOOL, "--input", str(large), "--output", str(output)],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(partial.glob("checkpoints/*/*.distcp")):
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    shown = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, shown
+    assert "error: interrupted; what was written is removed, and the same command starts anew" in shown
+    assert "go on from here" not in shown
+    assert "Traceback" not in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]

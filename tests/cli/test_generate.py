@@ -42,7 +42,7 @@ def run_folder(ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lines(*arguments: str) -> list[dict]:
     """The records that a command writes to a file."""
     output = Path(arguments[arguments.index("--output") + 1])
-    assert main(["--quiet", "--max-new-tokens", "12", *arguments]) == 0
+    assert main(["--quiet", "--max-new-tokens", "12", "--overwrite", *arguments]) == 0
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 

@@ -115,7 +115,7 @@ def model_between_passes(config, prompts):
     from megatron_tokedit.engine.decoding import CachedDecoder
 
     model = language_model(config)
-    attention = model._gpt.decoder.layers[0].self_attention.core_attention
+    attention = model.gpt.decoder.layers[0].self_attention.core_attention
     want = full_logits(model, prompts[0])
     first, second = CachedDecoder(model), CachedDecoder(model)
     first.add(prompts)
@@ -124,7 +124,7 @@ def model_between_passes(config, prompts):
         assert torch.equal(full_logits(model, prompts[0]), want)
         first.step([id_] * len(prompts))
         second.step([id_])
-    assert model._gpt.decoder.layers[0].self_attention.core_attention is attention
+    assert model.gpt.decoder.layers[0].self_attention.core_attention is attention
     try:
         second.step([0])
     except AssertionError:
@@ -139,9 +139,9 @@ def as_on_a_gpu(config, prompts):
 
     model = language_model(config)
     want = full_logits(model, prompts[0])
-    model._gpt.config.apply_rope_fusion = True
+    model.gpt.config.apply_rope_fusion = True
     found = CachedDecoder(model).add(prompts)[0]
-    return torch.allclose(found, want, atol=1e-4), model._gpt.config.apply_rope_fusion
+    return torch.allclose(found, want, atol=1e-4), model.gpt.config.apply_rope_fusion
 
 
 def test_the_fused_rotation_is_off_during_a_pass_only(ranks):
@@ -255,7 +255,7 @@ def greedy_as_huggingface(name, prompts, num_tokens):
     theirs, config, state = published(name)
     model = language_model(config)
     with torch.no_grad():
-        parameters = dict(model._gpt.named_parameters())
+        parameters = dict(model.gpt.named_parameters())
         assert parameters.keys() == state.keys()
         for key, parameter in parameters.items():
             parameter[: len(state[key])] = state[key]

@@ -142,7 +142,7 @@ def run_contract(folder):
         for head._CPU_COLUMNS, deferred in ((1024, False), (4, True)):
 
             def make(options, deferred=deferred):
-                return CausalScorer(backbone, options, deferred=deferred, is_alone=False)
+                return CausalScorer(backbone, options, deferred=deferred)
 
             for check in contract.CHECKS:
                 check(contract.Subject(make, logprobs, identity.vocab_size, tolerance=2e-4))
@@ -230,3 +230,59 @@ def die(folder, store, victim):
             return "well"
     except PriorError as error:
         raise AssertionError(f"was told: {error}") from error
+
+
+def scores_with_little_memory(folder, layout, victims, positions, *, deferred=False, where="mlp"):
+    """Scores, warnings and shapes of passes where some ranks have memory for so many positions only."""
+    import logging
+
+    import contract
+    import torch
+    import torch.distributed as dist
+
+    from megatron_tokedit.engine.inference import LanguageModel
+    from megatron_tokedit.scoring import replica
+    from megatron_tokedit.scoring.load import identify_prior
+
+    failed, passes, warnings = [], [], []
+    hidden_states = LanguageModel.hidden_states
+
+    def limited(self, ids_BT):
+        passes.append(tuple(ids_BT.shape))
+        module = {
+            "mlp": self.layers[-1].mlp,
+            "norm": self.layers[0].input_layernorm,
+            "attention": self.layers[-1].self_attention.linear_qkv,
+        }[where]
+        hook = module.register_forward_pre_hook(fail_where_large)
+        try:
+            return hidden_states(self, ids_BT)
+        finally:
+            hook.remove()
+
+    def fail_where_large(module, inputs):
+        if dist.get_rank() in victims and inputs[0].shape[:-1].numel() > positions:
+            failed.append(tuple(inputs[0].shape))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    class Keeper(logging.Handler):
+        def emit(self, record):
+            warnings.append(record.getMessage())
+
+    keeper = Keeper(logging.WARNING)
+    logging.getLogger("megatron_tokedit").addHandler(keeper)
+    LanguageModel.hidden_states = limited
+    try:
+        with make_replica(layout) as own:
+            if not own.leads:
+                replica.follow(own)
+                return None, passes, len(failed), warnings
+            identity = identify_prior(folder)
+            options = contract.options(start_id=1, batch_tokens=64)
+            scorer = replica.load_scorer(own, identity, options, deferred=deferred)
+            ids = documents(identity.vocab_size)
+            found = {name: scorer.score(ids, request) for name, request in requests().items()}
+            return found, passes, len(failed), warnings
+    finally:
+        LanguageModel.hidden_states = hidden_states
+        logging.getLogger("megatron_tokedit").removeHandler(keeper)

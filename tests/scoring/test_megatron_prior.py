@@ -63,7 +63,7 @@ def run_contract(folder):
     identity = identify_prior(folder)
     model = load_language_model(folder, device="cpu")
     backbone = load_scorer(identity, contract.options(), device="cpu").backbone
-    matrices = sum(p.numel() for name, p in model._gpt.named_parameters() if "linear" in name and p.ndim == 2)
+    matrices = sum(p.numel() for name, p in model.gpt.named_parameters() if "linear" in name and p.ndim == 2)
     assert backbone.size.num_matmul_parameters == matrices + identity.vocab_size * 32
     assert backbone.size.attention_width == 4 * 32
 
@@ -72,9 +72,9 @@ def run_contract(folder):
         hidden = model.hidden_states(torch.tensor([ids]))[0]
         return (hidden @ model.output_weight[: model.vocab_size].T).float().log_softmax(-1).numpy()
 
-    own = backbone._model.precision
+    own = backbone.model.precision
     for deferred, recipe in ((False, None), (True, None), (True, "mxfp8")):  # mxfp8: inputs are filled up
-        backbone._model.precision = PrecisionConfig(recipe=recipe) if recipe else own
+        backbone.model.precision = PrecisionConfig(recipe=recipe) if recipe else own
 
         def make(options, deferred=deferred):
             return CausalScorer(backbone, options, deferred=deferred)

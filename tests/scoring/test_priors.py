@@ -118,9 +118,9 @@ def test_packed_layers_give_the_models_own_scores(tmp_path, name):
     own = own_logprobs(tmp_path, ids)[:-1].gather(1, torch.tensor(ids[1:].astype(np.int64))[:, None])[:, 0]
     for dtype, tolerance, per_layer in (("float32", 1e-4, 1), ("bfloat16", 0.3, 4)):
         scorer = load_scorer(identity, OPTIONS, dtype=dtype, device="cpu")
-        packed = [m for m in scorer.backbone._model.modules() if isinstance(m, PackedLinear)]
+        packed = [m for m in scorer.backbone.model.modules() if isinstance(m, PackedLinear)]
         assert len(packed) >= 2 * per_layer
-        assert not any(isinstance(m, PackedLinear) for m in (scorer.backbone._model.get_output_embeddings(),))
+        assert not any(isinstance(m, PackedLinear) for m in (scorer.backbone.model.get_output_embeddings(),))
         (scores,) = scorer.score([ids])
         np.testing.assert_allclose(scores.logprobs_T[1:], own, atol=tolerance)
 
@@ -211,7 +211,7 @@ def test_fp8_is_not_for_hugging_face_priors(folders, dtype):
 def test_context_beyond_the_model_is_refused(folders):
     identity = identify_prior(str(folders / "llama"))
     with pytest.raises(ConfigError, match="takes at most"):
-        load_scorer(identity, ScoringOptions(identity.max_context_tokens + 1, 4, None, 64, 5000))
+        load_scorer(identity, ScoringOptions(identity.max_context_tokens + 2, 4, None, 64, 5000))
 
 
 def rescaled_llama(folder, factor):

@@ -164,7 +164,7 @@ def test_why_the_leader_failed_is_told_to_all(ranks, folders, tmp_path, where, w
             pytest.param(where, words, marks=pytest.mark.stress)
             for where, words in (
                 ("loading", ["process 1 of replica 0 of the prior failed: the disk", "the disk is on fire"]),
-                ("memory", ["lower --prior-batch-tokens", "process 0 of replica 0 of the prior failed: out"]),
+                ("memory", ["forward pass of a single window of", "forward pass of a single window of"]),
                 ("meeting", [None, "the disk is on fire"]),  # ended by its watch
             )
         ),
@@ -209,6 +209,51 @@ def test_sizes_that_do_not_divide_the_model_are_refused(folders, name, layout, w
     check_dtype(identity, "float32", PriorLayout(2, 2))
     with pytest.raises(ConfigError, match=words):
         check_dtype(identity, "float32", PriorLayout(*layout))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "victims", "settings"),
+    [
+        ("llama", TP2, (1,), {}),
+        ("llama", TP2, (0,), {"where": "norm", "deferred": True}),
+        ("gpt2", TP2, (1,), {"where": "attention"}),
+        ("gpt2", PP2, (0,), {}),  # in front, far ahead of the one behind
+        ("llama", PP2, (1,), {"where": "norm", "deferred": True}),
+        ("mixtral", PP2, (0, 1), {"where": "attention"}),
+        pytest.param("llama", BOTH, (1,), {}, marks=pytest.mark.stress),
+        pytest.param("gpt2", BOTH, (3,), {"where": "norm"}, marks=pytest.mark.stress),
+    ],
+)
+def test_memory_that_runs_out_in_one_process(ranks, folders, in_one_process, name, layout, victims, settings):
+    """All of them score the batch in halves, and nobody waits for the one that could not."""
+    want, *_ = in_one_process(name, batch_tokens=64)
+    world_size = layout[0] * layout[1]
+    results = ranks.run(
+        replica_cases.scores_with_little_memory, str(folders / name), layout, victims, 33, **settings,
+        world_size=world_size, timeout_seconds=60,
+    )  # fmt: skip
+    (found,) = [result[0] for result in results if result[0] is not None]
+    assert_same(found, want, 1e-4)
+    passes = [sorted(result[1]) for result in results]
+    assert passes == [passes[0]] * world_size, "every process makes the same passes"
+    assert max(rows * length for rows, length in passes[0]) > 33
+    num_failed = [result[2] for result in results]
+    assert [count > 0 for count in num_failed] == [rank in victims for rank in range(world_size)]
+    said = [warning for result in results for warning in result[3]]
+    assert said
+    assert all("out of memory in the prior's forward pass of" in warning for warning in said)
+
+
+@pytest.mark.parametrize(("layout", "victim"), [(TP2, 1), (PP2, 0)])
+def test_a_window_that_fits_in_no_process_ends_all(ranks, folders, layout, victim):
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(
+            replica_cases.scores_with_little_memory, str(folders / "llama"), layout, (victim,), 3,
+            world_size=2, timeout_seconds=60,
+        )  # fmt: skip
+    text = str(failure.value)
+    assert text.count("PriorError: out of memory in the prior's forward pass of a single window of") >= 1
+    assert "did not finish in time" not in text
 
 
 def test_a_hugging_face_prior_is_not_divided(twins):
