@@ -65,6 +65,19 @@ def write_hf(folder: str, shape: Shape, *, device: torch.device, dtype: str = "f
     model.save_pretrained(folder)
 
 
+def write_model_folder(folder: str, shape: Shape) -> None:
+    """A Hugging Face folder in bfloat16 with a tokenizer, of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    write_hf(folder, shape, device=torch.device("cpu"), dtype="bfloat16")
+    pieces = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={piece: place for place, piece in enumerate(pieces)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=pieces[0]).save_pretrained(folder)
+
+
 def write_megatron(folder: str, shape: Shape, *, recipe: str) -> None:
     """A checkpoint of this package with random weights, without an optimizer."""
     from megatron_tokedit.config.sections import ParallelConfig, PrecisionConfig

@@ -26,6 +26,9 @@ CPU_RUNS = (
     "tokenize_corpus.py --megabytes 12 --rounds 1",
     "dataset.py",
     "score.py --tokens 2000 --rounds 1",
+    "generation.py --new-tokens 24 --rounds 1",
+    "conversion.py --rounds 1",
+    "analysis.py",
     "editing.py --tokens 2000 --dtype bfloat16 --rounds 2",
     "train_step.py --recipe bf16 fp32 --steps 8",
     "checkpoint.py --layers 2 --rounds 1",
@@ -35,6 +38,7 @@ _EVERY_RECIPE = "bf16 fp8_tensorwise fp8_delayed fp8_blockwise"
 GPU_RUNS = (
     "score.py --device cuda --shape 8b --tokens 200000 --rounds 3",
     "score.py --device cuda --shape 1b --tokens 200000 --rounds 3",
+    "generation.py --device cuda --shape 8b --dtype bfloat16 --batch 1 8 64 --new-tokens 256",
     "editing.py --device cuda --shape 8b --dtype bfloat16 --tokens 200000 --batch-tokens 16384",
     "train_step.py --shape 124m --recipe bf16 fp8_tensorwise --micro-batch-size 16 --microbatches 4",
     f"train_step.py --shape 1b --recipe {_EVERY_RECIPE} --micro-batch-size 2 --microbatches 4",

@@ -69,6 +69,8 @@ CPU_CONTESTANTS = (
     "ours + editing, float32",
     "ours, bfloat16",
     "ours + editing, bfloat16",
+    "ours (Megatron), float32",
+    "ours (Megatron), bfloat16",
 )
 GPU_CONTESTANTS = (
     "plain, padded 8, bfloat16",
@@ -316,7 +318,7 @@ def parse() -> argparse.Namespace:
     args.processes = args.processes or (1 if on_gpu else len(os.sched_getaffinity(0)))
     args.batch_tokens = args.batch_tokens or (16384 if on_gpu else 2048)
     args.logits_bytes = args.logits_bytes or (1 << 30 if on_gpu else 128 << 20)
-    names = dict.fromkeys(GPU_CONTESTANTS if on_gpu else CPU_CONTESTANTS + GPU_CONTESTANTS[4:5])
+    names = GPU_CONTESTANTS if on_gpu else CPU_CONTESTANTS
     args.contestants = [name for name in names if any(part in name for part in args.only)]
     args.dtypes = list(dict.fromkeys(dtype_of(name) for name in args.contestants))
     return args

@@ -107,55 +107,24 @@ def layers_that_fit(shape: Shape, usable_bytes: float, needed_bytes: Callable[[M
     return sum(needed_bytes(model) <= usable_bytes for model in models)
 
 
-def hf_config(shape: Shape, *, positions: int | None = None) -> Any:
-    """The same model as Hugging Face's configuration.
+def hf_config(shape: Shape) -> Any:
+    """The same model as Hugging Face's configuration."""
+    from megatron_tokedit.conversion.settings import hugging_face_config
 
-    Args:
-        shape: of the table.
-        positions: longest input; default: the shape's sequence.
-    """
-    from transformers import GPT2Config, LlamaConfig
-
-    model = shape.model
-    positions = positions or model.max_positions
-    if model.family == "gpt2":
-        return GPT2Config(
-            vocab_size=shape.vocab_size,
-            n_embd=model.hidden_size,
-            n_inner=model.ffn_size,
-            n_layer=model.num_layers,
-            n_head=model.num_attention_heads,
-            n_positions=positions,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=shape.vocab_size - 1,
-            eos_token_id=shape.vocab_size - 1,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    return LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_size,
-        max_position_embeddings=positions,
-        tie_word_embeddings=model.ties_embeddings,
-        bos_token_id=shape.vocab_size - 1,
-        eos_token_id=shape.vocab_size - 1,
+    last = shape.vocab_size - 1
+    return hugging_face_config(
+        shape.model,
+        shape.vocab_size,
+        token_ids={"bos_token_id": last, "eos_token_id": last},
         attn_implementation="sdpa",
         use_cache=False,
     )
 
 
-def hf_model(shape: Shape, *, positions: int | None = None, dtype: Any = None) -> Any:
+def hf_model(shape: Shape, *, dtype: Any = None) -> Any:
     """The model with random weights, on torch's default device."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = hf_config(shape, positions=positions)
-    return AutoModelForCausalLM.from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    return AutoModelForCausalLM.from_config(hf_config(shape), **({} if dtype is None else {"dtype": dtype}))

@@ -198,6 +198,7 @@ def test_every_script_is_run_by_run_all(benchmark):
         ("score.py --text a.txt", "--text needs --tokenizer"),
         ("train_step.py --recipe fp7", "invalid choice: 'fp7'"),
         ("editing.py --shape 7b", "invalid choice: '7b'"),
+        ("generation.py --new-tokens 1000", "the shape has 1024 positions"),
     ],
 )
 def test_wrong_command_lines(benchmark, command_line, capsys, line, fault):
@@ -217,6 +218,46 @@ def test_defaults_depend_on_the_device(benchmark, command_line):
     command_line("score.py --only ours")
     args = score.parse()
     assert (args.batch_tokens, args.dtypes) == (2048, ["float32", "bfloat16"])
+    assert {"ours (Megatron), float32", "ours (Megatron), bfloat16"} <= set(args.contestants)
+
+
+def test_all_ways_of_writing_choose_the_same_tokens(benchmark, command_line, tmp_path):
+    generation = benchmark("generation")
+    command_line(
+        f"generation.py --shape quickstart --layers 1 --batch 2 --prompt-tokens 5 --new-tokens 6 --rounds 1 "
+        f"--json {tmp_path}/found.json"
+    )
+    with torch.random.fork_rng():
+        generation.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    (table,) = found["tables"]
+    assert [(row[0], row[3]) for row in table["rows"]] == [
+        ("ours, cached", "100%"),
+        ("transformers generate", "100%"),
+        ("ours, no cache", "100%"),
+    ]
+    hidden, vocabulary = 192, 2048
+    layer = 4 * hidden * hidden + 3 * hidden * generation.SHAPES["quickstart"].model.ffn_size + 2 * hidden
+    gigabytes = 4 * (layer + hidden + vocabulary * hidden) / 1e9  # the embedding is looked up, not read
+    assert f"reading {gigabytes:.2f} GB" in found["limits"][1]["name"]
+    assert [ratio["name"] for ratio in found["ratios"]] == [
+        "ours, no cache / ours, cached, 2 row(s), float32",
+        "transformers generate / ours, cached, 2 row(s), float32",
+    ]
+
+
+def test_a_model_is_converted_both_ways_and_copied(benchmark, command_line, tmp_path, monkeypatch):
+    conversion = benchmark("conversion")
+    shapes = sys.modules[conversion.Shape.__module__]  # as its child will know them
+    monkeypatch.setattr(conversion, "shape_of", lambda layers: shapes.SHAPES["quickstart"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command_line(f"conversion.py --rounds 1 --folder {tmp_path} --json {tmp_path}/found.json")
+    conversion.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = {row[0]: row[1:] for row in found["tables"][0]["rows"]}
+    assert rows["to Megatron"][2] >= rows["to Megatron"][3] > 0.1
+    assert rows["copy, synced"][2:] == [None, None]
+    assert not list(tmp_path.glob("tmp*")), "what was written is gone"
 
 
 def test_contestants_of_a_training_step(benchmark, command_line):
@@ -232,7 +273,12 @@ def test_contestants_of_a_training_step(benchmark, command_line):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 @pytest.mark.parametrize(
     "line",
-    ["score.py --device cuda --shape 8b", "editing.py --device cuda --shape 8b", "train_step.py --shape 1b"],
+    [
+        "score.py --device cuda --shape 8b",
+        "editing.py --device cuda --shape 8b",
+        "train_step.py --shape 1b",
+        "generation.py --device cuda --shape 8b",
+    ],
 )
 def test_a_part_that_the_machine_lacks_is_one_line(benchmark, command_line, capsys, tmp_path, line):
     command_line(f"{line} --json {tmp_path}/found.json")

@@ -22,11 +22,17 @@ from megatron_tokedit.cli.gpu_check.edge_cases import EDGE_CASES
 from megatron_tokedit.cli.gpu_check.layer_checks import FP8_RECIPES, judge_linear, judge_masking
 from megatron_tokedit.cli.gpu_check.plan import all_checks
 from megatron_tokedit.cli.gpu_check.prior_checks import judge_edits
-from megatron_tokedit.cli.gpu_check.prior_jobs import HF_PRIOR, their_weights
+from megatron_tokedit.cli.gpu_check.prior_jobs import HF_PRIOR
 from megatron_tokedit.cli.gpu_check.runner import JobFailed, Runner, job
 from megatron_tokedit.cli.gpu_check.sizes import CPU
+from megatron_tokedit.cli.gpu_check.text_checks import judge_text
+from megatron_tokedit.cli.gpu_check.text_jobs import CONVERTED
 from megatron_tokedit.cli.gpu_check.training_checks import judge_first_steps, judge_gap, judge_resumption
+from megatron_tokedit.conversion.architecture import to_theirs
+from megatron_tokedit.conversion.layouts import Sizes
+from megatron_tokedit.conversion.registry import ARCHITECTURES
 from megatron_tokedit.dataset import IndexedDatasetWriter
+from megatron_tokedit.testing.models import tiny_llama
 from megatron_tokedit.testing.ranks import RankPool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,6 +169,23 @@ def test_edits_that_cannot_be_compared(tmp_path: Path) -> None:
     assert judge_edits(first, short, "fp8").faults == ["one has 10000 tokens, the other 9999"]
 
 
+def written(**changes: Any) -> dict[str, Any]:
+    return {"tokens": 400, "otherwise": 3, "largest_gap": 0.06, "largest_difference": 0.05} | changes
+
+
+def test_written_text_may_differ_in_ties_alone() -> None:
+    assert judge_text(written(), "bfloat16").faults == []
+    assert len(judge_text(written(), "float32").faults) == 1
+    (fault,) = judge_text(written(largest_gap=3.0), "bfloat16").faults
+    assert fault == (
+        "without the cache another token is the more probable by 3.000 nats, more than the 0.25 of a tie"
+    )
+    (fault,) = judge_text(written(otherwise=60), "bfloat16").faults
+    assert fault == "without the cache 60 of 400 tokens would be others, more than 5%"
+    assert len(judge_text(written(largest_gap=float("nan")), "bfloat16").faults) == 1
+    assert "too few" in judge_text(written(tokens=9), "bfloat16").faults[0]
+
+
 def test_weights_of_both_kinds_of_layers_become_the_same_llama() -> None:
     import torch
 
@@ -184,7 +207,10 @@ def test_weights_of_both_kinds_of_layers_become_the_same_llama() -> None:
     for old, new in (("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
                      ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")):  # fmt: skip
         fused[layer + new] = fused.pop(layer + old)
-    ours, theirs = their_weights(local, 1, heads, groups), their_weights(fused, 1, heads, groups)
+    model = tiny_llama(
+        num_layers=1, hidden_size=hidden, num_attention_heads=heads, num_query_groups=groups, kv_channels=head
+    )
+    ours, theirs = (to_theirs(ARCHITECTURES["llama"], Sizes(model, 5), found) for found in (local, fused))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     qkv = local[f"{layer}self_attention.linear_qkv.weight"]
@@ -483,6 +509,24 @@ def test_both_kinds_of_priors_edit_alike(do: Callable[..., dict[str, Any]]) -> N
     assert verdict.numbers["share_of_changed"] < 0.02
 
 
+@pytest.mark.usefixtures("trained")
+def test_text_is_written_with_the_cache_as_without(do: Callable[..., dict[str, Any]]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        verdict = judge_text(do("text_jobs:continue_texts", run="bf16", dtype=dtype), dtype)
+        assert verdict.faults == []
+        assert verdict.numbers["tokens"] > 200
+    assert verdict.numbers["largest_difference"] > 0.0, "two computations, not one"
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_run_leaves_as_a_hugging_face_folder(do: Callable[..., dict[str, Any]], work: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    numbers = do("text_jobs:convert_run", run="bf16", dtype="bfloat16")
+    twin = AutoModelForCausalLM.from_pretrained(work / CONVERTED)
+    assert sum(p.numel() * 2 for p in twin.parameters()) == numbers["bytes"]
+
+
 def test_masked_documents(do: Callable[..., dict[str, Any]]) -> None:
     assert judge_masking(do("layer_jobs:mask_documents", recipe="fp32")).faults == []
 
@@ -527,6 +571,7 @@ def test_the_whole_script_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (faults, code) == ({}, 0)
     assert {name for name, check in results.items() if check["status"] == "passed"} == {
         "machine", "edges_refused", "edges_bf16", "masked_documents", "train_bf16", "resume_bf16_bf16",
-        "train_rate_bf16", "priors_agree_float32", "priors_agree_bfloat16", "score_rate_bfloat16",
+        "train_rate_bf16", "generate_float32", "generate_bfloat16", "convert_bfloat16",
+        "priors_agree_float32", "priors_agree_bfloat16", "score_rate_bfloat16",
     }  # fmt: skip
     assert results["edges_bf16"]["numbers"]["trained"] == len(EDGE_CASES)

@@ -40,8 +40,8 @@ _NAME_WIDTH = 36
 
 _DESCRIPTION = """\
 Check on this machine what no test without a GPU can: FP8 layers, training under every precision recipe,
-resuming from one to another, sizes at the edges, priors, speed and memory. What the machine lacks is skipped,
-with the reason; on a machine without a GPU that is most of it.
+resuming from one to another, sizes at the edges, writing text, priors, speed and memory. What the machine
+lacks is skipped, with the reason; on a machine without a GPU that is most of it.
 
   gpu_check.py --output gpu_check.json
   gpu_check.py --only 'linear_*' train_fp8_tensorwise

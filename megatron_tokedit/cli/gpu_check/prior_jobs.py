@@ -14,56 +14,43 @@ HF_PRIOR = "hugging_face_prior"
 
 
 def write_twin(folder: Path, scale: Scale, *, run: str) -> dict[str, Any]:
-    """Write the newest checkpoint of a run as a Hugging Face Llama.
+    """Write the newest checkpoint of a run as a Hugging Face model.
 
     A Hugging Face prior reads a document after BOS, a checkpoint of this package after the tokenizer's EOD:
     the twin's embedding of BOS, which no text holds, is therefore that of EOD.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from megatron_tokedit.config.sections import ModelConfig, ParallelConfig, PrecisionConfig
+    from megatron_tokedit.conversion.architecture import to_theirs
+    from megatron_tokedit.conversion.layouts import Sizes
+    from megatron_tokedit.conversion.registry import ARCHITECTURES
+    from megatron_tokedit.conversion.settings import hugging_face_config
     from megatron_tokedit.engine import checkpoint, checkpoint_folder
     from megatron_tokedit.engine.initialize import initialize
     from megatron_tokedit.engine.model import build_model, unwrap
 
     found = checkpoint_folder.require(run_folder(folder, run))
     model = ModelConfig.model_validate(checkpoint_folder.read_json(found, "run_config.json")["model"])
-    state = checkpoint_folder.read_json(found, "state.json")
+    vocab_size = checkpoint_folder.read_json(found, "state.json")["vocab_size"]
     ctx = initialize(ParallelConfig(), seed=0, standalone=True)
     chunks = build_model(
         model,
         PrecisionConfig(recipe="fp32"),
         ctx,
-        state["vocab_size"],
+        vocab_size,
         parallel=ParallelConfig(),
         wrap_with_ddp=False,
         perform_initialization=False,
     )
     checkpoint.load(found, model=chunks, optimizer=None, scheduler=None, ctx=ctx)
     ours = {name: parameter.detach().cpu() for name, parameter in unwrap(chunks[0]).named_parameters()}
-    twin = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=state["vocab_size"],
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads,
-            head_dim=model.head_size,
-            max_position_embeddings=model.max_positions,
-            rms_norm_eps=model.norm_epsilon,
-            tie_word_embeddings=False,
-        )
-    )
-    theirs = their_weights(ours, model.num_layers, model.num_attention_heads, model.num_key_value_heads)
-    theirs = {
-        name: tensor[: state["vocab_size"]] if "embed" in name or "lm_head" in name else tensor
-        for name, tensor in theirs.items()
-    }
+    theirs = to_theirs(ARCHITECTURES[model.family], Sizes(model, vocab_size), ours)
     theirs["model.embed_tokens.weight"] = _with_start(folder, theirs["model.embed_tokens.weight"])
+    twin = AutoModelForCausalLM.from_config(hugging_face_config(model, vocab_size), dtype=torch.float32)
     twin.load_state_dict(theirs, strict=True)
-    twin.to(torch.float32).save_pretrained(folder / HF_PRIOR)
+    twin.save_pretrained(folder / HF_PRIOR)
     return {"parameters": sum(tensor.numel() for tensor in theirs.values())}
 
 
@@ -75,48 +62,6 @@ def _with_start(folder: Path, embedding_VH: Any) -> Any:
     changed_VH = embedding_VH.clone()
     changed_VH[tokenizer.bos] = embedding_VH[tokenizer.eod]
     return changed_VH
-
-
-def their_weights(ours: dict[str, Any], num_layers: int, num_heads: int, num_groups: int) -> dict[str, Any]:
-    """Llama weights under Hugging Face's names.
-
-    Args:
-        ours: by megatron-core's names, of local or of Transformer Engine's layers (whose norms are part of
-            the linear layers behind them).
-        num_layers: of the model.
-        num_heads: query heads.
-        num_groups: key/value heads.
-    """
-    theirs = {
-        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"],
-        "model.norm.weight": ours["decoder.final_layernorm.weight"],
-        "lm_head.weight": ours["output_layer.weight"],
-    }
-    for layer in range(num_layers):
-        source, target = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        attention, mlp = f"{source}self_attention.", f"{source}mlp."
-        fused = f"{attention}linear_qkv.layer_norm_weight"
-        norms = (
-            (fused, f"{mlp}linear_fc1.layer_norm_weight")
-            if fused in ours
-            else (f"{source}input_layernorm.weight", f"{source}pre_mlp_layernorm.weight")
-        )
-        qkv = ours[f"{attention}linear_qkv.weight"]
-        by_group = qkv.view(num_groups, num_heads // num_groups + 2, -1, qkv.size(1))
-        queries, keys, values = by_group[:, :-2], by_group[:, -2], by_group[:, -1]
-        gate, up = ours[f"{mlp}linear_fc1.weight"].chunk(2)
-        theirs |= {
-            f"{target}input_layernorm.weight": ours[norms[0]],
-            f"{target}post_attention_layernorm.weight": ours[norms[1]],
-            f"{target}self_attn.q_proj.weight": queries.reshape(-1, qkv.size(1)),
-            f"{target}self_attn.k_proj.weight": keys.reshape(-1, qkv.size(1)),
-            f"{target}self_attn.v_proj.weight": values.reshape(-1, qkv.size(1)),
-            f"{target}self_attn.o_proj.weight": ours[f"{attention}linear_proj.weight"],
-            f"{target}mlp.gate_proj.weight": gate,
-            f"{target}mlp.up_proj.weight": up,
-            f"{target}mlp.down_proj.weight": ours[f"{mlp}linear_fc2.weight"],
-        }
-    return {name: tensor.contiguous() for name, tensor in theirs.items()}
 
 
 def edit(folder: Path, scale: Scale, *, name: str, prior: str, dtype: str) -> dict[str, Any]:
