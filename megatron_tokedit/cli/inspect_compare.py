@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_tokedit.cli.inspect_text import printable, span_texts, visible_change, words
 from megatron_tokedit.dataset import CHANGED, DROPPED, INSERTED, JournalEntries, align
-from megatron_tokedit.dataset.undo import edited_positions
+from megatron_tokedit.dataset.journal_format import edited_positions
 from megatron_tokedit.tokenizers import Tokenizer
 
 Ids = npt.NDArray[np.integer]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from megatron_tokedit.dataset import Manifest, TokenizerRecord
-from megatron_tokedit.dataset.manifest import DATASET_SUFFIXES
+from megatron_tokedit.dataset.manifest import CHECKSUMMED, DATASET_SUFFIXES
 from megatron_tokedit.errors import ConfigError, DataFormatError, TokenizerError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
@@ -31,7 +31,7 @@ def sizes_on_disk(prefix: str) -> dict[str, int]:
 def size_on_disk(prefix: str) -> int:
     """Bytes of what a verification reads."""
     sizes = sizes_on_disk(prefix)
-    return sum(sizes.get(suffix, 0) for suffix in (".bin", ".idx", ".edits"))
+    return sum(sizes.get(suffix, 0) for suffix in CHECKSUMMED.values())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import orjson
 
 from megatron_tokedit.cli.inspect_files import progress_bar, size_on_disk
 from megatron_tokedit.dataset import (
+    DatasetSummary,
     IndexedDataset,
     Manifest,
     NoEdits,
@@ -31,11 +32,12 @@ from megatron_tokedit.dataset import (
     write_manifest,
 )
 from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
+from megatron_tokedit.dataset.loss_mask import has_loss_mask, loss_mask_prefix
 from megatron_tokedit.dataset.manifest import STATISTICS_SUFFIX
 from megatron_tokedit.edit.statistics import EditStatistics
 from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.log import get_logger
-from megatron_tokedit.pipeline.report import edit_statistics
+from megatron_tokedit.pipeline.report import conversation_statistics, edit_statistics
 
 logger = get_logger(__name__)
 _ADDED = ("documents", "bytes", "sequences", "tokens", "special_tokens_in_text")
@@ -54,6 +56,7 @@ def merge(arguments: argparse.Namespace) -> None:
     with_manifest = {part: manifest for part, manifest in manifests.items() if manifest is not None}
     if with_manifest:
         check_mergeable(with_manifest, allow_different_edits=arguments.allow_different_edits)
+    _refuse_some_without_loss_mask(parts)
     total = sum(size_on_disk(part) for part in parts)
     with progress_bar("verify", total, "B", quiet=arguments.quiet) as on_bytes:
         for part in parts:
@@ -61,6 +64,7 @@ def merge(arguments: argparse.Namespace) -> None:
     _warn_of_repetition(parts, with_manifest)
     statistics = _merged_statistics_of(parts)
     edits_sha256 = _merge_journals(parts, output)
+    loss_mask = _merge_loss_masks(parts, output)
     summary = merge_datasets(parts, output)
     if statistics is not None:
         atomic_write_bytes(
@@ -71,10 +75,16 @@ def merge(arguments: argparse.Namespace) -> None:
         logger.warning("%s gets no manifest; without one: %s", output, ", ".join(dict.fromkeys(bare)))
     else:
         write_manifest(
-            output, merge_manifests([with_manifest[part] for part in parts], summary, edits_sha256)
+            output,
+            merge_manifests([with_manifest[part] for part in parts], summary, edits_sha256, loss_mask),
         )
     if not arguments.quiet:
-        written = {".edits": edits_sha256, STATISTICS_SUFFIX: statistics, ".manifest.json": not bare}
+        written = {
+            ".edits": edits_sha256,
+            "_loss_mask.bin, .idx": loss_mask,
+            STATISTICS_SUFFIX: statistics,
+            ".manifest.json": not bare,
+        }
         others = "".join(f", {suffix}" for suffix, there in written.items() if there)
         print(
             f"{output}.bin, .idx{others}: {len(parts)} parts, "
@@ -112,6 +122,27 @@ def _merge_journals(parts: Sequence[str], output: str) -> str | None:
     return merge_journals(journals, f"{output}{JOURNAL_SUFFIX}")
 
 
+def _refuse_some_without_loss_mask(parts: Sequence[str]) -> None:
+    """Refuse to join text and conversations.
+
+    Raises:
+        DataFormatError: some parts have a loss mask, others have none.
+    """
+    without = [part for part in parts if not has_loss_mask(part)]
+    if without and len(without) < len(parts):
+        raise DataFormatError(
+            f"{', '.join(without)}: no loss mask, but others have one; text and conversations cannot be one "
+            "dataset"
+        )
+
+
+def _merge_loss_masks(parts: Sequence[str], output: str) -> DatasetSummary | None:
+    """Join the loss masks; None where the parts have none."""
+    if not has_loss_mask(parts[0]):
+        return None
+    return merge_datasets([loss_mask_prefix(part) for part in parts], loss_mask_prefix(output))
+
+
 def _merged_statistics_of(parts: Sequence[str]) -> dict[str, Any] | None:
     """The statistics of the whole, if every part has some."""
     paths = [Path(f"{part}{STATISTICS_SUFFIX}") for part in parts]
@@ -143,6 +174,9 @@ def merged_statistics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             f"the parts' {STATISTICS_SUFFIX} are not of this version ({error}); merge without them by "
             "moving them away"
         ) from error
+    conversations = [part["conversations"]["counts"] for part in parts if "conversations" in part]
+    if conversations:
+        merged["conversations"] = conversation_statistics(_added(conversations))
     if edits:
         whole = EditStatistics()
         for edit in edits:

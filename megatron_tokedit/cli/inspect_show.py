@@ -35,14 +35,15 @@ from megatron_tokedit.dataset import (
     CHANGED,
     DROPPED,
     INSERTED,
+    ConversationRecord,
     IndexedDataset,
     Journal,
     JournalEntries,
     Manifest,
     read_manifest,
 )
-from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
-from megatron_tokedit.dataset.undo import edited_positions
+from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX, edited_positions
+from megatron_tokedit.dataset.loss_mask import has_loss_mask, open_loss_mask
 from megatron_tokedit.edit.rules import rule_in_words
 from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.tokenizers import Tokenizer
@@ -79,9 +80,11 @@ def show(arguments: argparse.Namespace) -> None:
         return
     tokenizer = tokenizer_of(arguments, manifest)
     journal = _journal_of(dataset)
+    loss_mask = open_loss_mask(dataset) if has_loss_mask(dataset.prefix) else None
     for index in documents:
         entries = journal.entries(index) if journal else None
-        print("\n".join(_document(dataset, index, tokenizer, entries, arguments.tokens, on)))
+        learned = [part.astype(bool) for part in loss_mask.document(index)] if loss_mask else None
+        print("\n".join(_document(dataset, index, tokenizer, entries, learned, arguments.tokens, on)))
 
 
 def _journal_of(dataset: IndexedDataset) -> Journal | None:
@@ -133,12 +136,24 @@ def _origin(manifest: Manifest) -> Iterator[str]:
         yield _line(
             "edited with", f"{_tokenizer_in_words(manifest.prior_tokenizer.model_dump())}, then re-encoded"
         )
+    if manifest.conversation is not None:
+        yield from _conversations_in_words(manifest.conversation, manifest.counts)
     if manifest.prior is not None:
         yield _line("prior", _prior_in_words(manifest.prior))
     for number, text in enumerate(edit_in_words(manifest.edit)):
         yield _line("" if number else "edit", text)
     for number, text in enumerate(_counts_in_words(manifest.counts)):
         yield _line("" if number else "counts", text)
+
+
+def _conversations_in_words(record: ConversationRecord, counts: Mapping[str, int]) -> Iterator[str]:
+    """How conversations were rendered, and how much of them counts in the loss."""
+    limit = (
+        f"up to {record.max_tokens:,} tokens, else {record.too_long}" if record.max_tokens else "any length"
+    )
+    yield _line("template", f"{record.chat_template_name}; conversations of {limit}")
+    learned, tokens = counts.get("num_loss_tokens", 0), counts.get("num_tokens", 0)
+    yield _line("loss mask", f"{learned:,} tokens count in the loss ({learned / max(tokens, 1):.2%})")
 
 
 def _tokenizer_in_words(record: Mapping[str, Any]) -> str:
@@ -207,10 +222,11 @@ def _counts_in_words(counts: Mapping[str, int]) -> Iterator[str]:
         }
         parts = [f"{counts[name]:,} {word}" for word, name in lost.items() if counts.get(name)]
         yield ", ".join([f"{read:,} documents read", *parts])
+    what = "response tokens" if "num_loss_tokens" in counts else "tokens"
     if tokens:
         for word in ("eligible", "resampled", "changed", "dropped"):
             number = counts.get(f"num_{word}_tokens", 0)
-            yield f"{number:>13,} {word:10}{number / tokens:8.2%} of {tokens:,} tokens that came in"
+            yield f"{number:>13,} {word:10}{number / tokens:8.2%} of {tokens:,} {what} that came in"
 
 
 def _lengths(dataset: IndexedDataset, on: Screen) -> Iterator[str]:
@@ -261,23 +277,26 @@ def _document(
     index: int,
     tokenizer: Tokenizer | None,
     entries: JournalEntries | None,
+    learned: Sequence[npt.NDArray[np.bool_]] | None,
     as_tokens: bool,
     on: Screen,
 ) -> Iterator[str]:
-    """A document as lines: a header, then its sequences."""
+    """A document as lines: a header, then its sequences; ``learned``: what of them counts in the loss."""
     sequences = dataset.document(index)
     edited = _new_tokens(sum(map(len, sequences)), entries)
     yield (
         on.paint(BOLD, f"document {index} of {dataset.num_documents:,}")
         + f": {_header(sequences, entries, on)}"
+        + (f"; {sum(int(part.sum()) for part in learned):,} count in the loss" if learned else "")
     )
     start = 0
     for number, ids in enumerate(sequences):
         if len(sequences) > 1:
             yield on.paint(FAINT, f"sequence {number}")
         is_new = edited[start : start + len(ids)]
-        lines = _token_lines(tokenizer, ids, is_new, start) if as_tokens else None
-        yield from lines or wrapped(_highlighted(tokenizer, ids, is_new, on), on)
+        is_learned = learned[number] if learned else None
+        lines = _token_lines(tokenizer, ids, is_new, is_learned, start) if as_tokens else None
+        yield from lines or wrapped(_highlighted(tokenizer, ids, is_new, is_learned, on), on)
         start += len(ids)
     yield ""
 
@@ -310,21 +329,45 @@ def _new_tokens(num_tokens: int, entries: JournalEntries | None) -> npt.NDArray[
 
 
 def _highlighted(
-    tokenizer: Tokenizer | None, ids: npt.NDArray[np.integer], is_new: npt.NDArray[np.bool_], on: Screen
+    tokenizer: Tokenizer | None,
+    ids: npt.NDArray[np.integer],
+    is_new: npt.NDArray[np.bool_],
+    is_learned: npt.NDArray[np.bool_] | None,
+    on: Screen,
 ) -> Iterator[Piece]:
-    """The text, new tokens in colour; without colours it is the text alone."""
-    cuts = (np.flatnonzero(np.diff(is_new)) + 1).tolist() if on.colour else []
-    bounds = [0, *cuts, len(ids)]
+    """The text, new tokens in colour; without colours it is the text alone.
+
+    What does not count in the loss is faint; without colours what does is between ``>>>`` and ``<<<``.
+    """
+    differs = np.diff(is_new) if on.colour else np.zeros(max(len(ids) - 1, 0), bool)
+    if is_learned is not None:
+        differs = differs | np.diff(is_learned)
+    bounds = [0, *(np.flatnonzero(differs) + 1).tolist(), len(ids)]
     for begin, text in zip(bounds[:-1], span_texts(tokenizer, ids, bounds), strict=True):
-        yield (ADDED if on.colour and is_new[begin] else PLAIN), printable(text)
+        shown = printable(text)
+        if is_learned is None or not len(ids):
+            yield (ADDED if on.colour and is_new[begin] else PLAIN), shown
+        elif on.colour:
+            yield ADDED if is_new[begin] else PLAIN if is_learned[begin] else FAINT, shown
+        else:
+            yield PLAIN, f">>>{shown}<<<" if is_learned[begin] else shown
 
 
 def _token_lines(
-    tokenizer: Tokenizer | None, ids: npt.NDArray[np.integer], is_new: npt.NDArray[np.bool_], start: int
+    tokenizer: Tokenizer | None,
+    ids: npt.NDArray[np.integer],
+    is_new: npt.NDArray[np.bool_],
+    is_learned: npt.NDArray[np.bool_] | None,
+    start: int,
 ) -> list[str]:
-    """Position, id and text of every token; ``*`` marks one that is not the original's."""
+    """Position, id and text of every token; ``*`` marks one that is not the original's, ``|`` one that
+    counts in the loss.
+    """
     texts = span_texts(tokenizer, ids, range(len(ids) + 1)) if tokenizer else [""] * len(ids)
+    marks = ["*" if new else " " for new in is_new.tolist()]
+    if is_learned is not None:
+        marks = [f"{mark}{'|' if each else ' '}" for mark, each in zip(marks, is_learned, strict=True)]
     return [
-        f"{'*' if new else ' '}{start + offset:>8} {id_:>8}  {repr(text) if tokenizer else ''}".rstrip()
-        for offset, (id_, new, text) in enumerate(zip(ids.tolist(), is_new.tolist(), texts, strict=True))
+        f"{mark}{start + offset:>8} {id_:>8}  {repr(text) if tokenizer else ''}".rstrip()
+        for offset, (id_, mark, text) in enumerate(zip(ids.tolist(), marks, texts, strict=True))
     ]

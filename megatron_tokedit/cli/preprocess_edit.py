@@ -15,12 +15,13 @@ from functools import partial
 
 from tqdm import tqdm
 
-from megatron_tokedit.cli.main import EXIT_ERROR, EXIT_OK, add_common_arguments, run_command
+from megatron_tokedit.cli.main import EXIT_ERROR, EXIT_OK, GOES_ON, add_common_arguments, run_command
 from megatron_tokedit.config.preprocess import PreprocessConfig, preprocess_config
 from megatron_tokedit.pipeline import LogProgress, Progress, Result, inspect_job, placement, run
 from megatron_tokedit.pipeline.placement import WHOLE, Share
 from megatron_tokedit.pipeline.replicas import find_place, needs_replicas, run_in_replica
 from megatron_tokedit.tokenizers import TOKENIZER_TYPES
+from megatron_tokedit.tokenizers.chat_template import TEMPLATE_NAMES
 
 _DESCRIPTION = """\
 Tokenize a corpus, let a prior language model edit its over-confident tokens (ToEdit, arXiv 2412.14689), and
@@ -33,7 +34,7 @@ _MANY_DOCUMENTS = 100_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command(_main, argv)
+    return run_command(_main, argv, interrupted=GOES_ON)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_corpus_arguments(parser.add_argument_group("corpus, as in Megatron-LM's preprocess_data.py"))
+    _add_conversation_arguments(parser.add_argument_group("conversations, for supervised fine-tuning"))
     _add_edit_arguments(parser.add_argument_group("editing"))
     _add_prior_arguments(parser.add_argument_group("prior"))
     _add_output_arguments(parser.add_argument_group("training tokenizer, where it is not the prior's"))
@@ -77,6 +79,58 @@ def _add_corpus_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="documents a log line (default: 1000), at most a line a second",
     )
+
+
+def _add_conversation_arguments(group: argparse._ArgumentGroup) -> None:
+    """How conversations are read and rendered."""
+    group.add_argument(
+        "--format",
+        choices=("text", "sft"),
+        help="sft: records are conversations; responses alone are edited, each given the conversation before "
+        "it; writes PREFIX_sft_document and its loss mask PREFIX_sft_document_loss_mask (default: text)",
+    )
+    group.add_argument(
+        "--sft-format",
+        choices=("auto", "messages", "sharegpt", "alpaca", "self_instruct", "prompt_response"),
+        help="layout of the records (default: auto, told by each record's keys)",
+    )
+    group.add_argument(
+        "--sft-keys",
+        nargs="+",
+        type=_part_and_key,
+        metavar="PART=KEY",
+        help="where a record has its parts: prompt=question response=answer, also system, input, tools; or "
+        "messages=KEY",
+    )
+    group.add_argument(
+        "--sft-chat-template",
+        metavar="NAME|FILE",
+        help=f"{', '.join(TEMPLATE_NAMES)}, or a Jinja file (default: the tokenizer's own)",
+    )
+    group.add_argument(
+        "--sft-max-tokens",
+        type=int,
+        metavar="N",
+        help="longest conversation (default: the prior's context; no bound with --edit-strategy none)",
+    )
+    group.add_argument(
+        "--sft-too-long",
+        choices=("drop", "truncate"),
+        help="a longer one is dropped (default), or loses its oldest turns; counted either way",
+    )
+    group.add_argument(
+        "--sft-score-without-prompt",
+        action="store_true",
+        help="score every response by itself, as the authors' script does",
+    )
+
+
+def _part_and_key(text: str) -> tuple[str, str]:
+    """``PART=KEY``."""
+    part, equals, key = text.partition("=")
+    if not (part and equals and key):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected PART=KEY, for example prompt=question")
+    return part, key
 
 
 def _add_edit_arguments(group: argparse._ArgumentGroup) -> None:
@@ -199,6 +253,8 @@ def _main(argv: Sequence[str]) -> int:
     stage = arguments.pop("stage", "all")
     restart = arguments.pop("restart", False)
     dry_run = arguments.pop("dry_run", False)
+    if "sft_keys" in arguments:
+        arguments["sft_keys"] = dict(arguments["sft_keys"])
     config = preprocess_config(arguments, origin="preprocess_edit.py")
     if dry_run:
         return _dry_run(config, restart)
@@ -241,9 +297,16 @@ def _print_result(result: Result) -> None:
     for key, prefix in result.prefixes.items():
         counts = result.totals.keys[key]
         print(f"{prefix}.bin, .idx: {counts.documents:,} documents, {counts.tokens:,} tokens")
+        kind = "tokens"
+        if of := counts.conversations:
+            kind = "response tokens"
+            print(
+                f"  {of.get('responses', 0):,} responses; {of.get('loss_tokens', 0):,} tokens count in the "
+                f"loss ({of.get('loss_tokens', 0) / max(counts.tokens, 1):.2%})"
+            )
         if (edit := counts.edit) is not None:
             print(
-                f"  eligible {edit.eligible:,} of {edit.tokens:,} tokens "
+                f"  eligible {edit.eligible:,} of {edit.tokens:,} {kind} "
                 f"({edit.eligible / max(edit.tokens, 1):.2%}); changed {edit.changed:,} "
                 f"({edit.changed / max(edit.eligible, 1):.2%} of eligible); "
                 f"dropped {edit.dropped:,}; perplexity {edit.perplexity or float('nan'):.2f}"

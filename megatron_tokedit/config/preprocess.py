@@ -17,6 +17,8 @@ from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.edit_file import read_edit_file
 from megatron_tokedit.errors import ConfigError
 
+SFT_KEY = "sft"
+"""Stands for the JSON key in the names of a job's outputs where the input is conversations."""
 FP8_DTYPES = ("fp8", "fp8_blockwise", "mxfp8")
 DEFAULT_TOP_K = 8
 DEFAULT_TEMPERATURE = {"low_drop_up_revise": 1.0}
@@ -30,6 +32,26 @@ class PreprocessConfig(Section):
     """Files or globs: jsonl, txt (each also .gz or .zst), parquet."""
     json_keys: list[str] = Field(["text"], min_length=1)
     """One output dataset a key."""
+    format: Literal["text", "sft"] = "text"
+    """``sft``: records are conversations, the output ``PREFIX_sft_document`` has a loss mask beside it, and
+    responses alone are edited.
+    """
+    sft_format: Literal["auto", "messages", "sharegpt", "alpaca", "self_instruct", "prompt_response"] = "auto"
+    """Layout of the records; ``auto``: told by each record's keys."""
+    sft_keys: dict[str, str] | None = None
+    """Part of a conversation (prompt, response, input, system, messages, tools) -> key, instead of a
+    layout.
+    """
+    sft_chat_template: str | None = None
+    """Name of a shipped template, or a Jinja file; default: the tokenizer's own."""
+    sft_max_tokens: PositiveInt | None = None
+    """Longest conversation; default: the prior's context, or no bound where nothing is edited."""
+    sft_too_long: Literal["drop", "truncate"] = "drop"
+    """A longer conversation is dropped, or loses its oldest exchanges; both are counted."""
+    sft_score_without_prompt: bool = False
+    """Score every response by itself, as the authors' script does, instead of given the conversation before
+    it.
+    """
     output_prefix: str = Field(min_length=1)
     """Outputs are ``PREFIX_KEY_document.*``; the job's own files are in ``PREFIX.work``."""
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"]
@@ -118,6 +140,11 @@ class PreprocessConfig(Section):
         return self.edit_rules is not None or self.edit_strategy != "none"
 
     @property
+    def is_sft(self) -> bool:
+        """Whether the input is conversations."""
+        return self.format == "sft"
+
+    @property
     def strategy(self) -> str:
         """Name of the strategy; ``rules`` for a free list of rules."""
         return self.edit_strategy if self.edit_rules is None else "rules"
@@ -171,6 +198,7 @@ class PreprocessConfig(Section):
         """What is wrong with the settings taken together."""
         if self.edits:
             yield from self._prior_faults()
+        yield from self._sft_faults()
         yield from self._output_tokenizer_faults()
         if self.unit_documents is not None and self.unit_bytes is not None:
             yield "unit_documents and unit_bytes: give one of them"
@@ -218,6 +246,42 @@ class PreprocessConfig(Section):
                 f"units at a time start a multiple of {self.prior_ranks} processes with torchrun"
             )
 
+    def _sft_faults(self) -> Iterator[str]:
+        """What is wrong with the settings of conversations."""
+        if not self.is_sft:
+            given = sorted(name for name in self.model_fields_set if name.startswith("sft_"))
+            yield from (f"{name}: is for format sft (--format sft)" for name in given)
+            return
+        if self.json_keys != [SFT_KEY]:
+            yield (
+                "json_keys: format sft reads whole records; name their parts with sft_keys, for example "
+                "--sft-keys prompt=question response=answer"
+            )
+        if self.append_eod:
+            yield "append_eod: with format sft the chat template ends the responses; leave it out"
+        if self.output_tokenizer_model is not None:
+            yield (
+                "output_tokenizer_model: format sft writes the ids that the prior read; give the training "
+                "tokenizer as tokenizer_type and tokenizer_model, with a prior of that tokenizer"
+            )
+        if self.sft_keys is not None:
+            yield from self._sft_key_faults(self.sft_keys)
+        if self.sft_score_without_prompt and not self.edits:
+            yield "sft_score_without_prompt: edit_strategy none scores nothing"
+
+    def _sft_key_faults(self, keys: Mapping[str, str]) -> Iterator[str]:
+        """What is wrong with the keys of conversations."""
+        parts = ("messages", "tools", "system", "prompt", "input", "response")
+        for part in keys:
+            if part not in parts:
+                yield f"sft_keys: {part!r} is no part of a conversation; parts are {', '.join(parts)}"
+        if "messages" not in keys and not {"prompt", "response"} <= keys.keys():
+            yield "sft_keys: expected messages=KEY, or both prompt=KEY and response=KEY"
+        if "messages" in keys and {"prompt", "response", "input"} & keys.keys():
+            yield "sft_keys: messages holds the whole conversation; leave prompt, response and input out"
+        if self.sft_format != "auto":
+            yield f"sft_format={self.sft_format}: sft_keys takes its place; give one of them"
+
     def _output_tokenizer_faults(self) -> Iterator[str]:
         """What is wrong with the output tokenizer's settings."""
         if (self.output_tokenizer_type is None) != (self.output_tokenizer_model is None):
@@ -240,6 +304,8 @@ def preprocess_config(settings: Mapping[str, Any], *, origin: str = "preprocess"
         ConfigError: one message with every fault.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    if given.get("format") == "sft":
+        given.setdefault("json_keys", [SFT_KEY])
     if "edit_config" in given:
         path = given["edit_config"]
         given = _with_edit_file(given, origin)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_tokedit.config.preprocess import PreprocessConfig, preprocess_config
+from megatron_tokedit.config.preprocess import SFT_KEY, PreprocessConfig, preprocess_config
 from megatron_tokedit.config.sections import RunConfig, SourceConfig, TokenizerConfig
 from megatron_tokedit.errors import ConfigError
 
@@ -56,7 +56,11 @@ def preprocessing_of(source: SourceConfig, tokenizer: TokenizerConfig) -> Prepro
 
 
 def json_keys(source: SourceConfig) -> list[str]:
-    """The JSON keys that a raw source is made from (``edit.json_keys``; ``text`` by default)."""
+    """The JSON keys that a raw source is made from (``edit.json_keys``; ``text`` by default, ``sft`` for
+    conversations).
+    """
+    if (source.edit or {}).get("format") == "sft":
+        return [SFT_KEY]
     keys = (source.edit or {}).get("json_keys", ["text"])
     return [str(key) for key in keys] if isinstance(keys, list) and keys else ["text"]
 

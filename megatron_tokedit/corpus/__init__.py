@@ -8,16 +8,22 @@ Formats by suffix: ``.jsonl``, ``.ndjson`` and ``.json`` (one JSON object a line
 where that never occurs every line is a document. ``InputFile.format`` says which rule applied.
 """
 
+from megatron_tokedit.corpus.conversations import Conversation, Message
 from megatron_tokedit.corpus.document import BadLine, Document, InputFile, UnitPart, WorkUnit
 from megatron_tokedit.corpus.inputs import expand_inputs
 from megatron_tokedit.corpus.plan import DEFAULT_UNIT_BYTES, plan_units
-from megatron_tokedit.corpus.read import read_unit
+from megatron_tokedit.corpus.read import ConversationLayout, read_unit
+from megatron_tokedit.corpus.records import BadRecord
 
 __all__ = [
     "DEFAULT_UNIT_BYTES",
     "BadLine",
+    "BadRecord",
+    "Conversation",
+    "ConversationLayout",
     "Document",
     "InputFile",
+    "Message",
     "UnitPart",
     "WorkUnit",
     "expand_inputs",

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from megatron_tokedit.corpus.conversations import Conversation
 
 
 class _JsonRecord:
@@ -36,13 +39,15 @@ class Document:
             or ordinal (text cut at ``<|endoftext|>``).
         fields: JSON key -> its sequences. A plain string is a list of one; a list of strings is one document
             of several sequences, as in Megatron-LM.
-        num_bytes: UTF-8 bytes of all fields.
+        num_bytes: UTF-8 bytes of all fields, or of the conversation's messages.
+        conversation: where the input is read as conversations; ``fields`` is empty then.
     """
 
     path: str
     line: int
     fields: dict[str, list[str]]
     num_bytes: int
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True, slots=True)

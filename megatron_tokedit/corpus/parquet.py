@@ -5,7 +5,7 @@ Invariant: memory depends on the size of a row group's pages, not on the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow
@@ -17,6 +17,7 @@ from megatron_tokedit.corpus.units import UnitBuilder
 from megatron_tokedit.errors import DataFormatError
 
 _BATCH_ROWS = 512
+_TEXT_SCALARS = (pyarrow.StringScalar, pyarrow.LargeStringScalar)
 _DAMAGE = (pyarrow.ArrowException, OSError, ValueError)  # what pyarrow raises on damaged files
 
 
@@ -52,16 +53,40 @@ def iter_rows(part: UnitPart, keys: Sequence[str]) -> Iterator[tuple[int, dict[s
     """
     with _open(part.path) as file:
         _check_columns(part.path, file.schema_arrow, keys)
-        groups, row = _row_groups(file.metadata, part.start, part.stop)
-        batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(keys), use_threads=False)
-        for batch in _damage_reported(part.path, batches):
-            skip = max(0, part.start - row)
-            wanted = batch.slice(skip, max(0, part.stop - row - skip))
-            first = row + skip + 1
-            row += batch.num_rows
-            columns = {key: wanted.column(key) for key in keys}
-            for index in range(wanted.num_rows):
-                yield first + index, {key: column[index] for key, column in columns.items()}
+        yield from _iter_columns(file, part, keys)
+
+
+def iter_conversation_rows(part: UnitPart, keys: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As :func:`iter_rows`, of columns of any type, and of those of ``keys`` that are there.
+
+    Raises:
+        DataFormatError: none of the columns is there, or the file is damaged.
+    """
+    with _open(part.path) as file:
+        names = file.schema_arrow.names
+        found = [name for name in names if name in keys]
+        if not found:
+            raise DataFormatError(
+                f"{part.path}: no column holds a conversation; its columns are {', '.join(names)}; name "
+                "them, for example --sft-keys prompt=COLUMN response=COLUMN"
+            )
+        yield from _iter_columns(file, part, found)
+
+
+def _iter_columns(
+    file: pyarrow.parquet.ParquetFile, part: UnitPart, keys: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a part of an open file."""
+    groups, row = _row_groups(file.metadata, part.start, part.stop)
+    batches = file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(keys), use_threads=False)
+    for batch in _damage_reported(part.path, batches):
+        skip = max(0, part.start - row)
+        wanted = batch.slice(skip, max(0, part.stop - row - skip))
+        first = row + skip + 1
+        row += batch.num_rows
+        columns = {key: wanted.column(key) for key in keys}
+        for index in range(wanted.num_rows):
+            yield first + index, {key: column[index] for key, column in columns.items()}
 
 
 def num_row_bytes(row: dict[str, Any]) -> int:
@@ -70,14 +95,16 @@ def num_row_bytes(row: dict[str, Any]) -> int:
 
 
 def _num_bytes(value: Any) -> int:
-    """Bytes of a pyarrow scalar that is a string, a list of strings or null."""
+    """Bytes of the strings of a pyarrow scalar: a string, or what strings are nested in."""
     if not value.is_valid:
         return 0
     if isinstance(value, pyarrow.DictionaryScalar):
         return _num_bytes(value.value)
     if isinstance(value, pyarrow.ListScalar):
         return sum(map(_num_bytes, value.values))
-    return int(value.as_buffer().size)
+    if isinstance(value, pyarrow.StructScalar):
+        return sum(map(_num_bytes, value.values()))
+    return int(value.as_buffer().size) if isinstance(value, _TEXT_SCALARS) else 0
 
 
 def _open(path: str) -> pyarrow.parquet.ParquetFile:

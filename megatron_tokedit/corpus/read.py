@@ -6,14 +6,19 @@ a :class:`BadLine`, in file order; a file that changed since the plan was made i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from megatron_tokedit.corpus.conversations import num_utf8_bytes as num_conversation_bytes
+from megatron_tokedit.corpus.conversations import parse_conversation, wanted_keys
 from megatron_tokedit.corpus.document import BadLine, Document, UnitPart, WorkUnit
 from megatron_tokedit.corpus.records import (
     BadRecord,
     is_blank,
     num_utf8_bytes,
+    parquet_values,
+    parse_json_object,
     parse_json_record,
     parse_parquet_row,
     parse_text_record,
@@ -23,22 +28,43 @@ from megatron_tokedit.corpus.streams import iter_records, open_at, park, reading
 from megatron_tokedit.errors import DataFormatError
 
 
+@dataclass(frozen=True, slots=True)
+class ConversationLayout:
+    """How records hold conversations; see :func:`megatron_tokedit.corpus.conversations.parse_conversation`.
+
+    Attributes:
+        layout: name of the layout, or ``auto``.
+        keys: part of a conversation -> key; None: the layout's.
+    """
+
+    layout: str = "auto"
+    keys: Mapping[str, str] | None = None
+
+
 def read_unit(
-    unit: WorkUnit, keys: Sequence[str], *, on_bad: Callable[[BadLine], None]
+    unit: WorkUnit, keys: Sequence[str] | ConversationLayout, *, on_bad: Callable[[BadLine], None]
 ) -> Iterator[Document]:
     """Yield the documents of a unit, in the order of the input.
 
     Args:
         unit: from :func:`megatron_tokedit.corpus.plan_units`.
         keys: wanted JSON keys or parquet columns; a text file has one field, which takes the only key's name.
+            A layout instead: every record is a conversation.
         on_bad: called for every line, row or text that is no document; it may raise to stop.
 
     Raises:
         DataFormatError: the file is unreadable, damaged or changed since it was planned, a parquet column is
-            missing, or several keys are asked of a text file.
+            missing, or several keys, or conversations, are asked of a text file.
     """
     for part in unit.parts:
-        if part.format.startswith("text") and len(keys) != 1:
+        if not part.format.startswith("text"):
+            continue
+        if isinstance(keys, ConversationLayout):
+            raise DataFormatError(
+                f"{part.path}: a text file holds no conversations; give JSON lines or parquet, or leave "
+                "--format sft out"
+            )
+        if len(keys) != 1:
             raise DataFormatError(
                 f"{part.path}: a text file has one field, but keys {', '.join(keys)} are asked for"
             )
@@ -47,23 +73,30 @@ def read_unit(
 
 
 def _read_part(
-    unit_id: int, part: UnitPart, keys: Sequence[str], on_bad: Callable[[BadLine], None]
+    unit_id: int,
+    part: UnitPart,
+    keys: Sequence[str] | ConversationLayout,
+    on_bad: Callable[[BadLine], None],
 ) -> Iterator[Document]:
     """The documents of one file's part of a unit."""
     num_bytes: Callable[[Any], int] = len
     if part.format == "parquet":
-        from megatron_tokedit.corpus.parquet import iter_rows, num_row_bytes  # pyarrow only where needed
+        # pyarrow only where needed
+        from megatron_tokedit.corpus.parquet import iter_conversation_rows, iter_rows, num_row_bytes
 
         num_bytes = num_row_bytes
-        records: Iterator[tuple[int, Any]] = iter_rows(part, keys)
+        records: Iterator[tuple[int, Any]] = (
+            iter_conversation_rows(part, wanted_keys(keys.keys))
+            if isinstance(keys, ConversationLayout)
+            else iter_rows(part, keys)
+        )
     else:
         records = _iter_part_records(part)
     num_seen = 0
     for line, record in records:
         num_seen += 1
         try:
-            fields = _parse(part.format, record, keys)
-            document = Document(part.path, line, fields, num_utf8_bytes(fields))
+            document = _parse(part, line, record, keys)
         except BadRecord as error:
             on_bad(BadLine(part.path, line, str(error), num_bytes(record)))
         else:
@@ -75,12 +108,19 @@ def _read_part(
         )
 
 
-def _parse(format_: str, record: Any, keys: Sequence[str]) -> dict[str, list[str]]:
-    if format_ == "parquet":
-        return parse_parquet_row(record, keys)
-    if format_ == "jsonl":
-        return parse_json_record(record, keys)
-    return parse_text_record(record, keys[0], separated=format_ == "text_separated")
+def _parse(part: UnitPart, line: int, record: Any, keys: Sequence[str] | ConversationLayout) -> Document:
+    """The document of a record."""
+    if isinstance(keys, ConversationLayout):
+        values = parse_json_object(record) if part.format == "jsonl" else parquet_values(record)
+        conversation = parse_conversation(values, keys.layout, keys.keys)
+        return Document(part.path, line, {}, num_conversation_bytes(conversation), conversation)
+    if part.format == "parquet":
+        fields = parse_parquet_row(record, keys)
+    elif part.format == "jsonl":
+        fields = parse_json_record(record, keys)
+    else:
+        fields = parse_text_record(record, keys[0], separated=part.format == "text_separated")
+    return Document(part.path, line, fields, num_utf8_bytes(fields))
 
 
 def _iter_part_records(part: UnitPart) -> Iterator[tuple[int, bytes]]:

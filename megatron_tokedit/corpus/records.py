@@ -35,10 +35,20 @@ def parse_json_record(record: bytes, keys: Sequence[str]) -> dict[str, list[str]
         BadRecord: not UTF-8, not JSON, not an object, a key is missing, or a value is neither a string nor a
             list of strings.
     """
+    values = parse_json_object(record)
+    return {key: _sequences(values, key) for key in keys}
+
+
+def parse_json_object(record: bytes) -> dict[str, Any]:
+    """Read one line of JSON that is an object.
+
+    Raises:
+        BadRecord: not UTF-8, not JSON, or not an object.
+    """
     values = _parse_json(record)
     if not isinstance(values, dict):
-        raise BadRecord(f"a JSON object is expected, got {_json_type(values)}")
-    return {key: _sequences(values, key) for key in keys}
+        raise BadRecord(f"a JSON object is expected, got {json_type(values)}")
+    return values
 
 
 def parse_text_record(record: bytes, key: str, separated: bool) -> dict[str, list[str]]:
@@ -63,6 +73,20 @@ def parse_parquet_row(row: dict[str, Any], keys: Sequence[str]) -> dict[str, lis
     """
     try:
         return {key: _as_sequences(row[key].as_py(), key) for key in keys}
+    except UnicodeDecodeError as error:
+        raise BadRecord(
+            f"invalid UTF-8: byte {error.start + 1} is 0x{error.object[error.start]:02x}"
+        ) from error
+
+
+def parquet_values(row: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a row of pyarrow scalars of any type.
+
+    Raises:
+        BadRecord: bytes that are not UTF-8.
+    """
+    try:
+        return {key: scalar.as_py() for key, scalar in row.items()}
     except UnicodeDecodeError as error:
         raise BadRecord(
             f"invalid UTF-8: byte {error.start + 1} is 0x{error.object[error.start]:02x}"
@@ -120,12 +144,13 @@ def _as_sequences(value: Any, key: str) -> list[str]:
     if isinstance(value, list):
         for index, item in enumerate(value):
             if not isinstance(item, str):
-                raise BadRecord(f"{key!r}[{index}] must be a string, got {_json_type(item)}")
+                raise BadRecord(f"{key!r}[{index}] must be a string, got {json_type(item)}")
         return value
-    raise BadRecord(f"{key!r} must be a string or a list of strings, got {_json_type(value)}")
+    raise BadRecord(f"{key!r} must be a string or a list of strings, got {json_type(value)}")
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What a value is, in words."""
     if value is None:
         return "null"
     if isinstance(value, bool):

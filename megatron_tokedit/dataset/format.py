@@ -5,7 +5,7 @@
 
     9 bytes  "MMIDIDX\\0\\0"
     u64      version, 1
-    u8       code of the ids' dtype: 8 = uint16, 4 = int32
+    u8       code of the ids' dtype: 8 = uint16, 4 = int32; 1 = uint8, of a loss mask
     u64      S, number of sequences
     u64      D + 1, where D is the number of documents
     i32 [S]      length of each sequence, in tokens
@@ -28,7 +28,7 @@ from megatron_tokedit.errors import DataFormatError
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
+DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4"), 1: np.dtype("u1")}
 _UINT16_VOCAB_LIMIT = 65500  # Megatron's rule; the ids above it are not used
 
 
@@ -115,10 +115,10 @@ def code_of_dtype(dtype: np.dtype[Any]) -> int:
 
 
 def supported_dtype(dtype: Any) -> np.dtype[Any]:
-    """Return ``dtype`` as one of the format's two.
+    """Return ``dtype`` as one of the format's: that of token ids, or uint8, of a loss mask.
 
     Raises:
-        ValueError: neither uint16 nor int32.
+        ValueError: another one.
     """
     found: np.dtype[Any] = np.dtype(dtype)
     if found not in DTYPE_OF_CODE.values():

@@ -154,3 +154,11 @@ def entry_fault(
             f"positions {positions[0]} to {positions[-1]} must lie within an original of {num_tokens} tokens"
         )
     return None
+
+
+def edited_positions(entries: JournalEntries) -> npt.NDArray[np.int64]:
+    """Where each entry stands in the edited document, int64 ``[E]``; of a dropped token, where it stood."""
+    dropped, inserted = entries.kinds == DROPPED, entries.kinds == INSERTED
+    moves = inserted.astype(np.int64) - dropped
+    places: npt.NDArray[np.int64] = entries.positions + np.cumsum(moves) - moves
+    return places

@@ -6,14 +6,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from megatron_tokedit.dataset.journal import Journal
+from megatron_tokedit.dataset.journal_format import DROPPED, edited_positions
 from megatron_tokedit.dataset.reader import IndexedDataset
 from megatron_tokedit.errors import DataFormatError
 
 LOSS_MASK_SUFFIX = "_loss_mask"
+LOSS_MASK_SUFFIXES = (f"{LOSS_MASK_SUFFIX}.bin", f"{LOSS_MASK_SUFFIX}.idx")
+"""What is put behind a dataset's prefix to name the files of its mask."""
 LOSS_MASK_DTYPE = np.dtype(np.uint8)
 
 
@@ -51,3 +56,31 @@ def open_loss_mask(dataset: IndexedDataset) -> IndexedDataset:
             "preprocess the conversations again"
         )
     return mask
+
+
+def loss_mask_faults(dataset: IndexedDataset, journal: Journal | None) -> Iterator[str]:
+    """Yield what is wrong with the mask of a dataset.
+
+    Args:
+        dataset: without faults of its own.
+        journal: without faults of its own, if there is one.
+    """
+    try:
+        mask = open_loss_mask(dataset)
+    except DataFormatError as error:
+        yield str(error)
+        return
+    for index, sequences in enumerate(mask.iter_documents()):
+        largest = max((int(sequence.max(initial=0)) for sequence in sequences), default=0)
+        if largest != 1:
+            what = f"holds {largest}" if largest else "has no token that counts in the loss"
+            yield f"{mask.prefix}.bin: document {index} {what}"
+            return
+    if journal is None:
+        return
+    for index in journal.column("documents").tolist():
+        entries = journal.entries(index)
+        places = edited_positions(entries)[entries.kinds != DROPPED]
+        if not np.concatenate(mask.document(index))[places].all():
+            yield f"{mask.prefix}.bin: document {index} was edited outside of its responses"
+            return

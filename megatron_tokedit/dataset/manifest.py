@@ -20,14 +20,30 @@ from pydantic import ValidationError
 from megatron_tokedit.config.base import Section
 from megatron_tokedit.dataset.atomic import atomic_write_bytes
 from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
+from megatron_tokedit.dataset.loss_mask import LOSS_MASK_SUFFIXES
 from megatron_tokedit.errors import DataFormatError, TokenizerError
 
 MANIFEST_SUFFIX = ".manifest.json"
 MAX_INPUT_RECORDS = 1000
 """Input files that a manifest lists one by one."""
 STATISTICS_SUFFIX = ".stats.json"
-DATASET_SUFFIXES = (".bin", ".idx", JOURNAL_SUFFIX, STATISTICS_SUFFIX, MANIFEST_SUFFIX)
-"""Of all files that make up a dataset; the last three need not be there."""
+DATASET_SUFFIXES = (
+    ".bin",
+    ".idx",
+    JOURNAL_SUFFIX,
+    *LOSS_MASK_SUFFIXES,
+    STATISTICS_SUFFIX,
+    MANIFEST_SUFFIX,
+)
+"""Of all files that make up a dataset; all but the first two need not be there."""
+CHECKSUMMED = {
+    "bin": ".bin",
+    "idx": ".idx",
+    "edits": JOURNAL_SUFFIX,
+    "loss_mask.bin": LOSS_MASK_SUFFIXES[0],
+    "loss_mask.idx": LOSS_MASK_SUFFIXES[1],
+}
+"""Name of a file in a manifest's checksums -> its suffix."""
 _CHECKSUM_KEY = "manifest_sha256"
 _CHECKSUM = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _NO_CHECKSUM = "0" * 64
@@ -68,6 +84,23 @@ class TokenizerRecord(Section):
     fingerprint: str
 
 
+class ConversationRecord(Section):
+    """How the conversations of a dataset for supervised fine-tuning were rendered."""
+
+    chat_template: str
+    """The Jinja text of the template; a chat with a model trained on the dataset must use it."""
+    chat_template_name: str
+    """``tokenizer``, the name of one that is shipped, or the file it was read from."""
+    format: str
+    """Layout of the records: ``messages``, ``sharegpt``, ...; ``auto``: told record by record."""
+    keys: dict[str, str] | None = None
+    """Part of a conversation -> the key it was read from, where keys were given."""
+    max_tokens: int | None = None
+    """Longest conversation; none: no bound."""
+    too_long: str = "drop"
+    """What became of a longer one: ``drop``, or ``truncate`` by whole turns from the left."""
+
+
 class Manifest(Section):
     """Identity of a dataset."""
 
@@ -95,12 +128,14 @@ class Manifest(Section):
     edit: dict[str, Any] | None = None
     """Every edit setting; none where nothing was edited; ``{"parts": [...]}`` with the settings of each where
     parts that were edited differently were merged."""
+    conversation: ConversationRecord | None = None
+    """Of a dataset of conversations, which has a loss mask beside it."""
     prior: dict[str, Any] | None = None
     """Path, backend, dtype, windows and fingerprint of the prior; none where nothing was edited."""
     counts: dict[str, int]
     """``num_documents``, ``num_sequences`` and ``num_tokens`` of the dataset, and what else was counted."""
     checksums: dict[str, str]
-    """``bin``, ``idx`` and, where there is a journal, ``edits`` -> SHA-256 (hex) of the file."""
+    """Name of a file (:data:`CHECKSUMMED`) -> its SHA-256 (hex)."""
 
     @property
     def num_input_files(self) -> int:
@@ -147,6 +182,8 @@ def write_manifest(prefix: str, manifest: Manifest) -> None:
     Its ``manifest_sha256`` is the SHA-256 of the file with 64 zeros in this place.
     """
     fields = manifest.model_dump(mode="json") | {_CHECKSUM_KEY: _NO_CHECKSUM}
+    if manifest.conversation is None:
+        del fields["conversation"]
     data = orjson.dumps(fields, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
     (match,) = _CHECKSUM.finditer(data)
     digest = hashlib.sha256(data).hexdigest().encode()

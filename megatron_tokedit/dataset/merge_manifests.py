@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_tokedit.dataset.manifest import Manifest, shorten_inputs
+from megatron_tokedit.dataset.manifest import ConversationRecord, Manifest, shorten_inputs
 from megatron_tokedit.dataset.writer import DatasetSummary
 from megatron_tokedit.errors import DataFormatError
 
@@ -44,7 +44,12 @@ def check_mergeable(parts: Mapping[str, Manifest], *, allow_different_edits: boo
             )
 
 
-def merge_manifests(parts: Sequence[Manifest], summary: DatasetSummary, edits_sha256: str | None) -> Manifest:
+def merge_manifests(
+    parts: Sequence[Manifest],
+    summary: DatasetSummary,
+    edits_sha256: str | None,
+    loss_mask: DatasetSummary | None = None,
+) -> Manifest:
     """The manifest of parts that :func:`check_mergeable` let pass.
 
     Where they were edited differently, ``edit`` is ``{"parts": [...]}`` with the number of documents and the
@@ -54,6 +59,7 @@ def merge_manifests(parts: Sequence[Manifest], summary: DatasetSummary, edits_sh
         parts: their manifests, in order.
         summary: of the joined dataset.
         edits_sha256: of the joined journal, if there is one.
+        loss_mask: summary of the joined loss mask, if there is one.
     """
     first = parts[0]
     checksums = {"bin": summary.bin_sha256, "idx": summary.idx_sha256}
@@ -68,6 +74,13 @@ def merge_manifests(parts: Sequence[Manifest], summary: DatasetSummary, edits_sh
         "counts": _added_counts([part.counts for part in parts]) | summary.counts(),
         "checksums": checksums | ({"edits": edits_sha256} if edits_sha256 else {}),
     }
+    if loss_mask is not None:
+        changes["checksums"] |= {
+            "loss_mask.bin": loss_mask.bin_sha256,
+            "loss_mask.idx": loss_mask.idx_sha256,
+        }
+    if first.conversation is not None:
+        changes["conversation"] = _joined_conversations(parts)
     if any(_edit_settings(part) != _edit_settings(first) for part in parts):
         changes |= dict.fromkeys(_EDIT_FIELDS, None)
         changes["edit"] = {"parts": [record for part in parts for record in _part_records(part)]}
@@ -77,7 +90,23 @@ def merge_manifests(parts: Sequence[Manifest], summary: DatasetSummary, edits_sh
 def _identity(manifest: Manifest) -> dict[str, Any]:
     """What the parts must share."""
     shared = {name: getattr(manifest, name) for name in _SHARED_FIELDS}
+    record = manifest.conversation
+    shared["conversation.chat_template"] = record.chat_template if record else None
     return shared | {"tokenizer.fingerprint": manifest.tokenizer.fingerprint}
+
+
+def _joined_conversations(parts: Sequence[Manifest]) -> ConversationRecord:
+    """How the conversations of parts with one chat template were read; what differs is listed."""
+    records = [part.conversation for part in parts if part.conversation is not None]
+    limits = {record.max_tokens for record in records}
+    return records[0].model_copy(
+        update={
+            "format": ", ".join(dict.fromkeys(record.format for record in records)),
+            "keys": records[0].keys if all(each.keys == records[0].keys for each in records) else None,
+            "max_tokens": None if None in limits else max(limit for limit in limits if limit is not None),
+            "too_long": ", ".join(dict.fromkeys(record.too_long for record in records)),
+        }
+    )
 
 
 def _edit_settings(manifest: Manifest) -> dict[str, Any]:

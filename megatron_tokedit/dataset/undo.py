@@ -21,7 +21,14 @@ from megatron_tokedit.dataset.journal_format import (
     INSERTED,
     JOURNAL_SUFFIX,
     JournalEntries,
+    edited_positions,
     entry_fault,
+)
+from megatron_tokedit.dataset.loss_mask import (
+    LOSS_MASK_DTYPE,
+    has_loss_mask,
+    loss_mask_prefix,
+    open_loss_mask,
 )
 from megatron_tokedit.dataset.manifest import Manifest, read_manifest, refuse_existing, write_manifest
 from megatron_tokedit.dataset.reader import IndexedDataset
@@ -66,14 +73,6 @@ def undo_document(
     return [original[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
 
-def edited_positions(entries: JournalEntries) -> npt.NDArray[np.int64]:
-    """Where each entry stands in the edited document, int64 ``[E]``; of a dropped token, where it stood."""
-    dropped, inserted = entries.kinds == DROPPED, entries.kinds == INSERTED
-    moves = inserted.astype(np.int64) - dropped
-    places: npt.NDArray[np.int64] = entries.positions + np.cumsum(moves) - moves
-    return places
-
-
 def _original_lengths(
     sequences: Sequence[npt.NDArray[np.integer]], entries: JournalEntries, num_tokens: int
 ) -> list[int]:
@@ -112,6 +111,7 @@ def undo_dataset(
     verify_dataset(prefix, on_bytes=on_bytes)  # a wrong token undone would not be noticed later
     dataset = IndexedDataset(prefix)
     journal = Journal(path)
+    checksums = _undo_loss_mask(dataset, journal, output_prefix) if has_loss_mask(prefix) else {}
     with IndexedDatasetWriter(output_prefix, dataset.dtype) as writer:
         for index, sequences in enumerate(dataset.iter_documents()):
             writer.add_document(undo_document(sequences, journal.entries(index)))
@@ -119,11 +119,27 @@ def undo_dataset(
                 on_document(1)
         summary = writer.finalize()
     if (manifest := read_manifest(prefix)) is not None:
-        write_manifest(output_prefix, _unedited(manifest, summary))
+        checksums |= {"bin": summary.bin_sha256, "idx": summary.idx_sha256}
+        write_manifest(output_prefix, _unedited(manifest, summary, checksums))
     return summary
 
 
-def _unedited(manifest: Manifest, summary: DatasetSummary) -> Manifest:
+def _undo_loss_mask(dataset: IndexedDataset, journal: Journal, output_prefix: str) -> dict[str, str]:
+    """Rebuild the mask of the original; returns its checksums.
+
+    Only tokens of responses are edited, so what was changed or dropped counts in the loss.
+    """
+    with IndexedDatasetWriter(loss_mask_prefix(output_prefix), LOSS_MASK_DTYPE) as writer:
+        for index, sequences in enumerate(open_loss_mask(dataset).iter_documents()):
+            entries = journal.entries(index)
+            ones = np.ones_like(entries.original_ids, LOSS_MASK_DTYPE)
+            of_mask = JournalEntries(entries.positions, ones, entries.kinds, entries.sequence_lengths)
+            writer.add_document(undo_document(sequences, of_mask))
+        summary = writer.finalize()
+    return {"loss_mask.bin": summary.bin_sha256, "loss_mask.idx": summary.idx_sha256}
+
+
+def _unedited(manifest: Manifest, summary: DatasetSummary, checksums: dict[str, str]) -> Manifest:
     """The manifest of the original: the same inputs and tokenizer, its own counts, nothing of an edit."""
     of_inputs = {name: count for name, count in manifest.counts.items() if name in _COUNTS_OF_INPUTS}
     return manifest.model_copy(
@@ -133,6 +149,6 @@ def _unedited(manifest: Manifest, summary: DatasetSummary) -> Manifest:
             "edit": None,
             "prior": None,
             "counts": summary.counts() | of_inputs,
-            "checksums": {"bin": summary.bin_sha256, "idx": summary.idx_sha256},
+            "checksums": checksums,
         }
     )

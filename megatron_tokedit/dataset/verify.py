@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ import orjson
 
 from megatron_tokedit.dataset.journal import Journal
 from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
+from megatron_tokedit.dataset.loss_mask import has_loss_mask, loss_mask_faults
 from megatron_tokedit.dataset.manifest import (
+    CHECKSUMMED,
     MANIFEST_SUFFIX,
     STATISTICS_SUFFIX,
     Manifest,
@@ -85,6 +87,8 @@ def verify_dataset(
         index_faults = list(_index_faults(dataset))
         faults += index_faults
         faults += _journal_faults(dataset, vocab_size, whole=not index_faults)
+        if has_loss_mask(prefix) or (manifest is not None and manifest.conversation is not None):
+            faults += loss_mask_faults(dataset, _journal_if_whole(dataset, faults))
     if manifest is not None:
         faults += _count_faults(dataset, manifest) if dataset is not None else ()
         faults += _statistics_faults(prefix, manifest)
@@ -139,8 +143,8 @@ class _Contents:
     def faults(self, dataset: IndexedDataset | None, vocab_size: int | None) -> Iterator[str]:
         """Yield files that are missing or changed, and ids out of range."""
         checksums = self._manifest.checksums if self._manifest else {}
-        for suffix in dict.fromkeys(("bin", "idx", "edits", *checksums)):
-            path = f"{self._prefix}.{suffix}"
+        for suffix in dict.fromkeys((*CHECKSUMMED, *checksums)):
+            path = self._prefix + CHECKSUMMED.get(suffix, f".{suffix}")
             if not os.path.isfile(path):
                 if suffix in checksums:
                     yield f"{path}: is missing, but the manifest names it"
@@ -237,6 +241,12 @@ def _journal_faults(dataset: IndexedDataset, vocab_size: int | None, *, whole: b
         yield str(error)
     if whole:
         yield from journal_faults(dataset, journal, vocab_size)
+
+
+def _journal_if_whole(dataset: IndexedDataset, faults: Sequence[str]) -> Journal | None:
+    """The journal, if there is one and nothing is wrong with what was looked at so far."""
+    path = f"{dataset.prefix}{JOURNAL_SUFFIX}"
+    return Journal(path) if os.path.isfile(path) and not faults else None
 
 
 def _statistics_faults(prefix: str, manifest: Manifest) -> Iterator[str]:

@@ -135,6 +135,7 @@ class Editor:
         logprobs_T: Float32,
         candidates: Candidates,
         key: bytes,
+        editable_T: Bool | None = None,
     ) -> EditedDocument:
         """Edit one document.
 
@@ -144,10 +145,11 @@ class Editor:
                 scored.
             candidates: for every position that a resample rule covers.
             key: the document's key for random numbers.
+            editable_T: bool ``[T]``: tokens that may be touched at all; None: every one.
         """
         ids_T = sequences[0] if len(sequences) == 1 else np.concatenate([*sequences, _NO_IDS])
         starts = [0, *itertools.accumulate(map(len, sequences))]
-        positions_P, dropped_P = self._eligible(ids_T, logprobs_T, starts)
+        positions_P, dropped_P = self._eligible(ids_T, logprobs_T, starts, editable_T)
         original_ids_P = ids_T[positions_P]
         new_ids_P = original_ids_P.copy()
         resampled = np.s_[:] if dropped_P is None else ~dropped_P
@@ -178,7 +180,9 @@ class Editor:
             num_undone=num_undone,
         )
 
-    def _eligible(self, ids_T: Int32, logprobs_T: Float32, starts: list[int]) -> tuple[Int64, Bool | None]:
+    def _eligible(
+        self, ids_T: Int32, logprobs_T: Float32, starts: list[int], editable_T: Bool | None
+    ) -> tuple[Int64, Bool | None]:
         """Positions that a rule covers and that may be touched, ascending.
 
         Returns:
@@ -188,6 +192,8 @@ class Editor:
         actions_T[:1] = Action.KEEP
         if len(ids_T) > 1 and ids_T[0] == self._bos:
             actions_T[1] = Action.KEEP
+        if editable_T is not None:
+            actions_T[~editable_T] = Action.KEEP
         if self._drops:
             for start, end in itertools.pairwise(starts):
                 if start < end and actions_T[start] == Action.DROP:

@@ -15,14 +15,17 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.corpus import WorkUnit, read_unit
+from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.dataset import best_dtype
+from megatron_tokedit.dataset.loss_mask import loss_mask_prefix
 from megatron_tokedit.edit.rules import rule_in_words
 from megatron_tokedit.errors import PlanError, TokeditError
 from megatron_tokedit.pipeline.estimate import estimate
+from megatron_tokedit.pipeline.groups import read_documents
 from megatron_tokedit.pipeline.job import refuse_overwriting, setting_warnings
 from megatron_tokedit.pipeline.merge import is_complete
 from megatron_tokedit.pipeline.plan import Plan, load_plan, make_plan, recorded_prior_files, refuse_changes
+from megatron_tokedit.pipeline.preview import preview
 from megatron_tokedit.pipeline.resources import (
     JobTokenizers,
     PriorPlan,
@@ -30,7 +33,7 @@ from megatron_tokedit.pipeline.resources import (
     load_tokenizers,
 )
 from megatron_tokedit.pipeline.results import check_bad_lines
-from megatron_tokedit.pipeline.workdir import OUTPUT_SUFFIXES, WorkDir
+from megatron_tokedit.pipeline.workdir import WorkDir, output_suffixes
 from megatron_tokedit.pipeline.workers import count_workers
 
 Value = TypeVar("Value")
@@ -82,7 +85,7 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
         found = tokenizers
         report.lines += _describe_tokenizers(tokenizers)
         known = recorded_prior_files(workdir.plan) if config.edits and not restart else None
-        prior = report.attempt(lambda: find_prior(config, found.text, known=known))
+        prior = report.attempt(lambda: find_prior(config, found.text, template=found.template, known=known))
         plan = report.attempt(lambda: make_plan(config, found, prior, recorded))
         workers = count_workers(config, prior, len(plan.units)) if plan is not None else 0
         report.lines += _describe(config, prior, plan, workers)
@@ -91,6 +94,8 @@ def inspect_job(config: PreprocessConfig, *, restart: bool = False) -> DryRun:
         if recorded is not None:
             report.attempt(lambda: refuse_changes(recorded, planned, workdir.plan))
         report.attempt(lambda: _check_first_documents(config, planned))
+        if config.is_sft:
+            report.lines += report.attempt(lambda: preview(config, found, prior, planned)) or []
         if not report.problems:
             report.lines += report.attempt(lambda: estimate(config, found, prior, planned, workers)) or []
     report.attempt(lambda: _check_output(config, workdir))
@@ -146,11 +151,13 @@ def _describe(
             f"{plan.num_documents:,} documents, {text_bytes:,} bytes of input, "
             f"{workers} worker{'s' if workers > 1 else ''}"
         )
-    suffixes = [suffix.removeprefix(".") for suffix in OUTPUT_SUFFIXES]
+    suffixes = ",".join(each[1:] for each in output_suffixes(config) if each.startswith("."))
     for key in config.json_keys:
         for name in config.dataset_names(key):
-            files = f"{{{','.join(suffixes if config.edits else suffixes[:-1])}}}"
-            lines.append(f"writes      {WorkDir(config.output_prefix).output(name)}.{files}")
+            output = WorkDir(config.output_prefix).output(name)
+            lines.append(f"writes      {output}.{{{suffixes}}}")
+            if config.is_sft:
+                lines.append(f"            {loss_mask_prefix(output)}.{{bin,idx}}")
     return lines
 
 
@@ -175,7 +182,7 @@ def _check_first_documents(config: PreprocessConfig, plan: Plan) -> None:
         first_units.setdefault(unit.parts[0].path, unit)
     chosen = [*first_units.values()]
     for unit in chosen[:: max(1, len(chosen) // _SAMPLE_FILES)]:
-        documents = read_unit(unit, config.json_keys, on_bad=lambda line: bad.append(str(line)))
+        documents = read_documents(config, unit, on_bad=lambda line: bad.append(str(line)))
         for _ in itertools.islice(documents, _SAMPLE_DOCUMENTS):
             if len(bad) > config.max_bad_lines:
                 break

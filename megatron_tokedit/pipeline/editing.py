@@ -7,6 +7,7 @@ document); what a journal records is always against the original.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,16 +22,31 @@ from megatron_tokedit.edit.lineage import Lineage
 from megatron_tokedit.edit.random import document_key
 from megatron_tokedit.edit.statistics import EditStatistics
 from megatron_tokedit.errors import PriorError
+from megatron_tokedit.pipeline.conversations import EncodedConversation
 from megatron_tokedit.pipeline.groups import EncodedKey, Fate, Group, Sequences
 from megatron_tokedit.pipeline.method import candidate_request, make_editor
 from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, load_prior
-from megatron_tokedit.pipeline.results import Stopwatch
+from megatron_tokedit.pipeline.responses import count_roles, score_alone, without_first
+from megatron_tokedit.pipeline.results import KeyCounts, Stopwatch
 from megatron_tokedit.scoring.base import TokenScores
 
 Changes = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], npt.NDArray[np.integer]]
 Step = Callable[[], list["Lineage | None"]]
 OnGeneration = Callable[[int, Step], None]
+_NO_RESPONSES = np.empty(0, np.int32)
 NO_CHANGES: Changes = (np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Documents that are scored in one call: where they are from, as they stand, what they are as
+    conversations, and their keys for random numbers.
+    """
+
+    documents: Sequence[Document]
+    lineages: Sequence[Lineage | None]
+    conversations: Sequence[EncodedConversation | None]
+    keys: Sequence[bytes]
 
 
 class GroupEditor:
@@ -51,13 +67,14 @@ class GroupEditor:
         self._scorer = load_prior(prior)
         self._request = candidate_request(self._editors[0].method, tokenizers.text, self._scorer.vocab_size)
         is_open = self._request.nucleus is not None and self._request.num_candidates is None
+        self._alone = config.sft_score_without_prompt
         self._slice_tokens = prior.options.batch_tokens if is_open else None
 
     def edit(
         self,
         group: Group,
         key: str,
-        statistics: Sequence[EditStatistics],
+        counts: Sequence[KeyCounts],
         stopwatch: Stopwatch,
         on_batch: Callable[[int], None],
         on_generation: OnGeneration,
@@ -67,7 +84,7 @@ class GroupEditor:
         Args:
             group: read and tokenized.
             key: which JSON key.
-            statistics: one a generation; counted in.
+            counts: one a generation; what is scored and edited is counted in.
             stopwatch: told the time of scoring and editing.
             on_batch: told the tokens of every batch that is scored.
             on_generation: called for every generation in order with its index and with what gives the edited
@@ -86,13 +103,12 @@ class GroupEditor:
         for index in range(len(self._editors)):
             steps: list[Step] = []
             for part in self._slices(lineages):
-                with stopwatch.timed("score"):
-                    scores = self._score(group.documents[part], lineages[part], on_batch)
-                steps.append(
-                    partial(
-                        self._apply, index, lineages[part], scores, keys[part], statistics[index], stopwatch
-                    )
+                slice_ = _Slice(
+                    group.documents[part], lineages[part], encoded.conversations_of(part), keys[part]
                 )
+                with stopwatch.timed("score"):
+                    scores = self._score(slice_, on_batch)
+                steps.append(partial(self._apply, index, slice_, scores, counts[index], stopwatch))
                 if self._slice_tokens is not None:
                     steps[-1] = partial(list, steps[-1]())  # now, to be rid of the candidates
             if index + 1 < len(self._editors):
@@ -117,47 +133,57 @@ class GroupEditor:
                 yield slice(begin, end)
                 begin, num_tokens = end, 0
 
-    def _score(
-        self,
-        documents: Sequence[Document],
-        lineages: Sequence[Lineage | None],
-        on_batch: Callable[[int], None],
-    ) -> list[TokenScores]:
+    def _score(self, part: _Slice, on_batch: Callable[[int], None]) -> list[TokenScores]:
         """Scores of the documents as they stand; empty for those that are not to be edited."""
         ids = [
             np.concatenate([*(lineage.sequences if lineage else ()), np.empty(0, np.int32)])
-            for lineage in lineages
+            for lineage in part.lineages
         ]
+        score = partial(self._scorer.score, candidates=self._request, on_batch=on_batch)
         try:
-            return self._scorer.score(ids, self._request, on_batch=on_batch)
+            if not self._alone:
+                return score(ids)
+            responses = [
+                conversation.responses_of(lineage) if conversation and lineage else _NO_RESPONSES
+                for conversation, lineage in zip(part.conversations, part.lineages, strict=True)
+            ]
+            return score_alone(score, ids, responses)
         except PriorError as error:
-            first, last = documents[0], documents[-1]
+            first, last = part.documents[0], part.documents[-1]
             until = last.line if last.path == first.path else f"{last.path}:{last.line}"
             raise PriorError(f"{first.path}:{first.line} to {until}: {error}") from error
 
     def _apply(
         self,
         index: int,
-        lineages: Sequence[Lineage | None],
+        part: _Slice,
         scores: Sequence[TokenScores],
-        keys: Sequence[bytes],
-        statistics: EditStatistics,
+        counts: KeyCounts,
         stopwatch: Stopwatch,
     ) -> list[Lineage | None]:
         """Edit the documents of one generation, and count it."""
         editor = self._editors[index]
         thresholds = editor.method.rules.thresholds
+        statistics = counts.edit or EditStatistics()
         results: list[Lineage | None] = []
         with stopwatch.timed("edit"):
-            for lineage, score, key in zip(lineages, scores, keys, strict=True):
+            for lineage, conversation, score, key in zip(
+                part.lineages, part.conversations, scores, part.keys, strict=True
+            ):
                 if lineage is None:
                     results.append(None)
                     continue
                 candidates = Candidates(
                     score.candidate_positions_E, score.candidate_ids_EK, score.candidate_logprobs_EK
                 )
-                edited = editor.edit(lineage.sequences, score.logprobs_T, candidates, key)
-                statistics.add(score.logprobs_T, edited, thresholds)
+                editable_T, counted = None, score.logprobs_T
+                if conversation is not None:
+                    responses_T = conversation.responses_of(lineage)
+                    editable_T = without_first(responses_T) if self._alone else responses_T >= 0
+                    counted = score.logprobs_T[responses_T >= 0]
+                    count_roles(counts.conversations, score.logprobs_T, conversation.roles_of(lineage))
+                edited = editor.edit(lineage.sequences, score.logprobs_T, candidates, key, editable_T)
+                statistics.add(counted, edited, thresholds)
                 results.append(lineage.advance(edited))
         return results
 

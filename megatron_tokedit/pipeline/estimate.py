@@ -14,12 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.corpus import BadLine, WorkUnit, read_unit
+from megatron_tokedit.corpus import BadLine, WorkUnit
 from megatron_tokedit.dataset import best_dtype
 from megatron_tokedit.edit.editor import Candidates
 from megatron_tokedit.edit.random import document_key
 from megatron_tokedit.edit.statistics import EditStatistics
-from megatron_tokedit.pipeline.groups import EncodedKey, Fate, GroupReader, Sequences, spelled_in_words
+from megatron_tokedit.pipeline.groups import (
+    EncodedKey,
+    Fate,
+    GroupReader,
+    Sequences,
+    read_documents,
+    spelled_in_words,
+)
 from megatron_tokedit.pipeline.method import candidate_request, make_editor
 from megatron_tokedit.pipeline.placement import usable_bytes
 from megatron_tokedit.pipeline.plan import Plan
@@ -47,24 +54,28 @@ class Sample:
     Attributes:
         texts: the strings of each document that is to be edited.
         sequences: their ids.
+        editable: for each document which of its tokens are a response's; None: all may be edited.
         text_bytes: of the sample, all keys.
         num_tokens: of the sample, in the ids of the tokenizer that reads the text; end-of-document ids apart.
         num_written: the same of the ids that are written.
         num_documents: of the sample, a key.
         num_failed: of these, which the prior's tokenizer does not give back exactly.
         spelled: control id, as a string -> how often the sample's text spells it.
+        dropped: reason -> conversations of the sample that are dropped.
         seconds: of reading and tokenizing, on one core.
         input_text_bytes: estimate for the whole input.
     """
 
     texts: list[list[str]] = field(default_factory=list)
     sequences: list[Sequences] = field(default_factory=list)
+    editable: list[npt.NDArray[np.bool_] | None] = field(default_factory=list)
     text_bytes: int = 0
     num_tokens: int = 0
     num_written: int = 0
     num_documents: int = 0
     num_failed: int = 0
     spelled: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     input_text_bytes: float = 0.0
 
@@ -76,27 +87,37 @@ class Sample:
         """Add one key of a group."""
         self.num_tokens += encoded.num_tokens
         self.num_documents += len(encoded.texts)
-        self.num_failed += len(encoded.fates) - encoded.fates.count(Fate.EDIT)
+        self.num_failed += len(encoded.fates) - encoded.fates.count(Fate.EDIT) - len(encoded.reasons)
+        for reason in encoded.reasons.values():
+            count(self.dropped, reason)
         for name, number in encoded.spelled.items():
             count(self.spelled, name, number)
-        for texts, sequences, written, fate in zip(
-            encoded.texts, encoded.sequences, encoded.originals, encoded.fates, strict=True
+        for texts, sequences, written, fate, conversation in zip(
+            encoded.texts,
+            encoded.sequences,
+            encoded.originals,
+            encoded.fates,
+            encoded.conversations_of(slice(None)),
+            strict=True,
         ):
             if fate is not Fate.DROP:
                 self.num_written += sum(map(len, written))
             if fate is Fate.EDIT:
                 self.texts.append(texts)
                 self.sequences.append(sequences)
+                self.editable.append(conversation.responses_T >= 0 if conversation else None)
 
 
-def take_sample(config: PreprocessConfig, tokenizers: JobTokenizers, plan: Plan) -> Sample:
+def take_sample(
+    config: PreprocessConfig, tokenizers: JobTokenizers, prior: PriorPlan | None, plan: Plan
+) -> Sample:
     """Read and tokenize the first group of documents of a few units, as the job will.
 
     Raises:
         DataFormatError: a file cannot be read, has too many bad lines, or a text spells a control token where
             that is an error.
     """
-    sample, reader, stopwatch = Sample(), GroupReader(config, tokenizers), Stopwatch()
+    sample, reader, stopwatch = Sample(), GroupReader(config, tokenizers, prior), Stopwatch()
     raw_bytes = text_bytes = 0.0
     for index in sorted({i * len(plan.units) // _SAMPLE_UNITS for i in range(_SAMPLE_UNITS)}):
         unit = plan.units[index]
@@ -125,7 +146,7 @@ def _text_bytes(config: PreprocessConfig, unit: WorkUnit) -> tuple[float, int]:
         nonlocal num_records
         num_records += 1
 
-    for document in read_unit(unit, config.json_keys, on_bad=on_bad):
+    for document in read_documents(config, unit, on_bad=on_bad):
         num_records += 1
         num_bytes += document.num_bytes
         if num_bytes >= _MEASURED_BYTES:
@@ -138,6 +159,7 @@ def _shuffle(sample: Sample) -> None:
     order = np.random.default_rng(0).permutation(len(sample.texts))
     sample.texts = [sample.texts[index] for index in order]
     sample.sequences = [sample.sequences[index] for index in order]
+    sample.editable = [sample.editable[index] for index in order]
 
 
 def estimate(
@@ -156,7 +178,7 @@ def estimate(
         DataFormatError: a file cannot be read, or a text spells a control token where that is an error.
         PriorError: the prior cannot be loaded or returns unusable numbers.
     """
-    sample = take_sample(config, tokenizers, plan)
+    sample = take_sample(config, tokenizers, prior, plan)
     num_tokens = sample.of_input(sample.num_tokens)
     lines = [f"tokens      about {num_tokens:,} (from a sample of {sample.num_tokens:,})"]
     if tokenizers.output is not None:
@@ -191,6 +213,11 @@ def _sample_warnings(config: PreprocessConfig, tokenizers: JobTokenizers, sample
         lines.append(
             f"warning     the sample's text spells control tokens ({spelled}), which become these tokens; "
             "--special-tokens-in-text split makes them ordinary text"
+        )
+    for reason, number in sample.dropped.items():
+        lines.append(
+            f"warning     {number:,} of the sample's {sample.num_documents:,} conversations are dropped: "
+            f"{reason}"
         )
     if sample.num_failed:
         lines.append(
@@ -239,8 +266,13 @@ def _score_sample(
             score.candidate_positions_E, score.candidate_ids_EK, score.candidate_logprobs_EK
         )
         document = _cut(sample.sequences[index], len(scored[index]))
-        edited = editor.edit(document, score.logprobs_T, candidates, document_key(sample.texts[index]))
-        statistics.add(score.logprobs_T, edited, editor.method.rules.thresholds)
+        editable_T, counted = sample.editable[index], score.logprobs_T
+        if editable_T is not None:
+            editable_T = editable_T[: len(scored[index])]
+            counted = counted[editable_T]
+        key = document_key(sample.texts[index])
+        edited = editor.edit(document, score.logprobs_T, candidates, key, editable_T)
+        statistics.add(counted, edited, editor.method.rules.thresholds)
     num_tokens = config.edit_generations * sample.of_input(sum(map(len, ids)))
     tokens = max(statistics.tokens, 1)
     device = "GPU" if prior.device != "cpu" else "worker"
@@ -251,11 +283,13 @@ def _score_sample(
         f"{rate.rate_dtype}, {rate.device_flops / 1e9:,.0f} GFLOP/s",
         f"memory      {rate.peak_memory_bytes / 1e9:.2f} GB a worker, {_number(workers, 'worker')} here",
         *_times(device, rate.tokens_per_second, num_tokens, workers),
-        f"to expect   eligible {statistics.eligible / tokens:.2%} (of {statistics.tokens:,} sampled tokens), "
+        f"to expect   eligible {statistics.eligible / tokens:.2%} (of {statistics.tokens:,} sampled "
+        f"{'response tokens' if config.is_sft else 'tokens'}), "
         f"of these changed {statistics.changed / max(statistics.eligible, 1):.2%}; dropped "
         f"{statistics.dropped / tokens:.2%}; perplexity {statistics.perplexity or float('nan'):.2f}",
     ]
-    return (statistics.changed + statistics.dropped) / tokens, lines
+    scored_tokens = max(sum(map(len, scored)), 1)
+    return (statistics.changed + statistics.dropped) / scored_tokens, lines
 
 
 def _up_to(documents: list[npt.NDArray[np.int32]], num_tokens: int) -> list[npt.NDArray[np.int32]]:

@@ -8,19 +8,20 @@ them is settled here, before anything is scored.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.corpus import BadLine, Document, WorkUnit, read_unit
+from megatron_tokedit.config.preprocess import SFT_KEY, PreprocessConfig
+from megatron_tokedit.corpus import BadLine, BadRecord, ConversationLayout, Document, WorkUnit, read_unit
 from megatron_tokedit.errors import DataFormatError
+from megatron_tokedit.pipeline.conversations import ConversationEncoder, EncodedConversation
 from megatron_tokedit.pipeline.plan import GROUP_BYTES
-from megatron_tokedit.pipeline.resources import JobTokenizers
-from megatron_tokedit.pipeline.results import MAX_EXAMPLES, Stopwatch, UnitResult, check_bad_lines
+from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, conversation_limit
+from megatron_tokedit.pipeline.results import MAX_EXAMPLES, Stopwatch, UnitResult, check_bad_lines, count
 from megatron_tokedit.tokenizers import Tokenizer, encode_documents
 
 Sequences = list[npt.NDArray[np.int32]]
@@ -45,6 +46,9 @@ class EncodedKey:
         fates: one a document.
         spelled: control id, as a string -> how often the text spelled it.
         num_tokens: of ``sequences``.
+        conversations: what the tokens of each document are, where the input is conversations; None for one
+            that is dropped.
+        reasons: why a document is dropped, where that is not its round trip.
     """
 
     texts: list[list[str]]
@@ -53,6 +57,30 @@ class EncodedKey:
     fates: list[Fate]
     spelled: dict[str, int]
     num_tokens: int
+    conversations: list[EncodedConversation | None] | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def conversations_of(self, part: slice) -> Sequence[EncodedConversation | None]:
+        """Of some of the documents; None for what is no conversation."""
+        return (self.conversations or [None] * len(self.texts))[part]
+
+    def add_conversation(self, conversation: EncodedConversation | str) -> None:
+        """Add a conversation, or the reason why it is dropped."""
+        assert self.conversations is not None
+        if isinstance(conversation, str):
+            self.reasons[len(self.texts)] = conversation
+            self.texts.append([])
+            self.sequences.append([])
+            self.fates.append(Fate.DROP)
+            self.conversations.append(None)
+            return
+        self.texts.append([conversation.text])
+        self.sequences.append([conversation.ids_T])
+        self.fates.append(Fate.EDIT)
+        self.conversations.append(conversation)
+        self.num_tokens += len(conversation.ids_T)
+        for id_, number in conversation.spelled.items():
+            count(self.spelled, str(id_), number)
 
     @property
     def originals(self) -> list[Sequences]:
@@ -74,11 +102,19 @@ class GroupReader:
     Args:
         config: the job.
         tokenizers: its tokenizers.
+        prior: as settled by the plan, if the job edits.
     """
 
-    def __init__(self, config: PreprocessConfig, tokenizers: JobTokenizers) -> None:
+    def __init__(self, config: PreprocessConfig, tokenizers: JobTokenizers, prior: PriorPlan | None) -> None:
         self._config = config
         self._tokenizers = tokenizers
+        self._conversations = (
+            ConversationEncoder(
+                config, tokenizers.text, tokenizers.template, conversation_limit(config, prior)
+            )
+            if tokenizers.template
+            else None
+        )
         written = tokenizers.written
         self._is_spellable_V = np.zeros(written.vocab_size, bool)
         self._is_spellable_V[list(written.spellable_ids)] = True
@@ -101,7 +137,11 @@ class GroupReader:
             if not group:
                 return
             with stopwatch.timed("tokenize"):
-                encoded = {key: self._encode(group, key) for key in self._config.json_keys}
+                if self._conversations is not None:
+                    group, conversations = self._encode_conversations(group, self._conversations, result)
+                    encoded = {SFT_KEY: conversations}
+                else:
+                    encoded = {key: self._encode(group, key) for key in self._config.json_keys}
             yield Group(group, encoded)
 
     def _documents(self, unit: WorkUnit, result: UnitResult) -> Generator[Document, None, None]:
@@ -109,13 +149,21 @@ class GroupReader:
 
         def on_bad(line: BadLine) -> None:
             result.documents_in += 1
-            result.bad_lines += 1
-            result.bad_bytes += line.num_bytes
-            if len(result.bad_examples) < MAX_EXAMPLES:
-                result.bad_examples.append(str(line))
-            check_bad_lines(result.bad_lines, result.bad_examples, self._config.max_bad_lines)
+            self._count_bad(line, result)
 
-        yield from read_unit(unit, self._config.json_keys, on_bad=on_bad)
+        yield from read_documents(self._config, unit, on_bad=on_bad)
+
+    def _count_bad(self, line: BadLine, result: UnitResult) -> None:
+        """Count a line that is no document.
+
+        Raises:
+            DataFormatError: the unit alone has too many.
+        """
+        result.bad_lines += 1
+        result.bad_bytes += line.num_bytes
+        if len(result.bad_examples) < MAX_EXAMPLES:
+            result.bad_examples.append(str(line))
+        check_bad_lines(result.bad_lines, result.bad_examples, self._config.max_bad_lines)
 
     def _next_group(self, documents: Generator[Document, None, None], result: UnitResult) -> list[Document]:
         """Documents of about GROUP_BYTES; none at the end."""
@@ -129,6 +177,25 @@ class GroupReader:
         result.documents_in += len(group)
         result.bytes_in += group_bytes
         return group
+
+    def _encode_conversations(
+        self, group: Sequence[Document], encoder: ConversationEncoder, result: UnitResult
+    ) -> tuple[list[Document], EncodedKey]:
+        """Render and tokenize conversations; what the template cannot show is a bad line."""
+        encoded = EncodedKey([], [], None, [], {}, 0, [])
+        kept: list[Document] = []
+        for document in group:
+            assert document.conversation is not None
+            try:
+                conversation = encoder.encode(document.conversation)
+            except BadRecord as error:
+                result.bytes_in -= document.num_bytes
+                line = BadLine(document.path, document.line, str(error), document.num_bytes)
+                self._count_bad(line, result)
+                continue
+            kept.append(document)
+            encoded.add_conversation(conversation)
+        return kept, encoded
 
     def _encode(self, group: Sequence[Document], key: str) -> EncodedKey:
         """Tokenize one key of a group."""
@@ -189,6 +256,18 @@ class GroupReader:
                         "it, or give --special-tokens-in-text split (it becomes ordinary text) or encode (it "
                         "becomes that token, as in Megatron-LM)"
                     )
+
+
+def read_documents(
+    config: PreprocessConfig, unit: WorkUnit, *, on_bad: Callable[[BadLine], None]
+) -> Iterator[Document]:
+    """The documents of a unit, or its conversations.
+
+    Raises:
+        DataFormatError: see :func:`megatron_tokedit.corpus.read_unit`.
+    """
+    layout = ConversationLayout(config.sft_format, config.sft_keys) if config.is_sft else None
+    return read_unit(unit, layout or config.json_keys, on_bad=on_bad)
 
 
 def spelling(tokenizer: Tokenizer, control_id: int) -> str:

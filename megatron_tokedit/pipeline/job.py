@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
+from megatron_tokedit.dataset.loss_mask import LOSS_MASK_SUFFIXES
 from megatron_tokedit.errors import ConfigError, PlanError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.pipeline.interrupts import Interrupts
@@ -159,7 +160,13 @@ def _settle(
         return recorded_prior_files(workdir.plan) if config.edits and not restart else None
 
     def find(files: PriorFiles | None) -> PriorPlan | None:
-        return find_prior(config, tokenizers.text, only_merges=only_merges, known=files)
+        return find_prior(
+            config,
+            tokenizers.text,
+            template=tokenizers.template,
+            only_merges=only_merges,
+            known=files,
+        )
 
     workdir.make()
     files = known()
@@ -214,7 +221,7 @@ def refuse_overwriting(config: PreprocessConfig, workdir: WorkDir) -> None:
     """
     names = [name for key in config.json_keys for name in config.dataset_names(key)]
     for name in names:
-        for suffix in (".bin", ".idx"):
+        for suffix in (".bin", ".idx", *(LOSS_MASK_SUFFIXES if config.is_sft else ())):
             path = Path(workdir.output(name) + suffix)
             if path.exists():
                 raise PlanError(

@@ -19,6 +19,7 @@ import orjson
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.dataset import (
+    ConversationRecord,
     InputRecord,
     Manifest,
     TokenizerRecord,
@@ -31,15 +32,16 @@ from megatron_tokedit.dataset import (
     shorten_inputs,
     write_manifest,
 )
+from megatron_tokedit.dataset.loss_mask import LOSS_MASK_SUFFIXES, loss_mask_prefix
 from megatron_tokedit.edit.statistics import EditStatistics
 from megatron_tokedit.errors import DataFormatError, PlanError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.pipeline.method import edit_settings
 from megatron_tokedit.pipeline.plan import Plan
 from megatron_tokedit.pipeline.report import dataset_statistics
-from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan
+from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, conversation_settings
 from megatron_tokedit.pipeline.results import Totals, UnitResult, check_bad_lines, check_devices
-from megatron_tokedit.pipeline.workdir import OUTPUT_SUFFIXES, WorkDir
+from megatron_tokedit.pipeline.workdir import WorkDir, output_suffixes
 from megatron_tokedit.tokenizers import tokenizer_spec
 
 logger = get_logger(__name__)
@@ -69,9 +71,13 @@ def merge(
     for key in config.json_keys:
         for generation, name in enumerate(config.dataset_names(key), 1):
             output = workdir.output(name)
-            for suffix in (".manifest.json", ".edits"):  # they would belong to an older dataset
+            for suffix in (
+                ".manifest.json",
+                ".edits",
+                *LOSS_MASK_SUFFIXES,
+            ):  # they would belong to an older dataset
                 Path(output + suffix).unlink(missing_ok=True)
-            checksums = _join_units(prior, checksums_of, workdir, name)
+            checksums = _join_units(config, checksums_of, workdir, name)
             statistics = dataset_statistics(config, tokenizers, totals, name)
             atomic_write_bytes(f"{output}.stats.json", orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
             manifest = _manifest(config, tokenizers, prior, plan, totals, (key, name, generation), checksums)
@@ -107,15 +113,14 @@ def _output_sizes(config: PreprocessConfig, workdir: WorkDir) -> dict[str, int]:
 
 def output_files(config: PreprocessConfig, workdir: WorkDir) -> Iterator[str]:
     """Paths of all files that the job leaves."""
-    suffixes = OUTPUT_SUFFIXES if config.edits else OUTPUT_SUFFIXES[:-1]
     for key in config.json_keys:
         for name in config.dataset_names(key):
-            for suffix in suffixes:
+            for suffix in output_suffixes(config):
                 yield workdir.output(name) + suffix
 
 
 def _join_units(
-    prior: PriorPlan | None,
+    config: PreprocessConfig,
     checksums_of: dict[int, dict[str, dict[str, str]]],
     workdir: WorkDir,
     name: str,
@@ -123,7 +128,7 @@ def _join_units(
     """Write dataset and journal of one name; returns their checksums.
 
     Args:
-        prior: of the job, if it edits.
+        config: the job.
         checksums_of: unit -> name -> suffix -> SHA-256 (hex) of what it wrote, in the order of the plan.
         workdir: of the job.
         name: of the dataset.
@@ -136,10 +141,14 @@ def _join_units(
     output = workdir.output(name)
     parts = {workdir.unit_part(unit_id, name): unit_id for unit_id in checksums_of}
     for unit_id in checksums_of:
-        check(unit_id, ".idx", ".edits")
+        check(unit_id, ".idx", ".edits", *LOSS_MASK_SUFFIXES)
+    mask_checksums = {}
+    if config.is_sft:  # before .idx, which says that a dataset is whole
+        mask = merge_datasets([loss_mask_prefix(part) for part in parts], loss_mask_prefix(output))
+        mask_checksums = {"loss_mask.bin": mask.bin_sha256, "loss_mask.idx": mask.idx_sha256}
     summary = merge_datasets(list(parts), output, on_part=lambda part: check(parts[part], ".bin"))
-    checksums = {"bin": summary.bin_sha256, "idx": summary.idx_sha256}
-    if prior is not None:
+    checksums = {"bin": summary.bin_sha256, "idx": summary.idx_sha256, **mask_checksums}
+    if config.edits:
         checksums["edits"] = merge_journals([f"{part}.edits" for part in parts], f"{output}.edits")
     return checksums
 
@@ -193,6 +202,11 @@ def _manifest(
         dtype=str(np.dtype(best_dtype(written.vocab_size))),
         seed=config.seed if prior else None,
         edit=edit_settings(config, generation) if prior else None,
+        conversation=(
+            ConversationRecord(**conversation_settings(config, tokenizers.template, prior))
+            if tokenizers.template
+            else None
+        ),
         prior=_prior_record(prior, totals) if prior else None,
         counts=_counts(totals, name),
         checksums=checksums,
@@ -223,6 +237,7 @@ def _counts(totals: Totals, name: str) -> dict[str, int]:
         "num_resampled_tokens": edit.resampled,
         "num_changed_tokens": edit.changed,
         "num_dropped_tokens": edit.dropped,
+        **({"num_loss_tokens": counts.conversations.get("loss_tokens", 0)} if counts.conversations else {}),
     }
 
 

@@ -73,6 +73,7 @@ def edit_settings(config: PreprocessConfig, generation: int | None = None) -> di
         "generations": config.edit_generations,
         "seed": config.seed,
         "output_round_trip": config.output_round_trip if config.output_tokenizer_model else None,
+        **({"score_without_prompt": config.sft_score_without_prompt} if config.is_sft else {}),
     }
 
 

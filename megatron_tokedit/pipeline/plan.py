@@ -26,7 +26,7 @@ from megatron_tokedit.corpus import InputFile, WorkUnit, expand_inputs, plan_uni
 from megatron_tokedit.dataset import AtomicFile
 from megatron_tokedit.errors import DataFormatError, PlanError
 from megatron_tokedit.pipeline.method import edit_settings
-from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan
+from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, conversation_identity
 from megatron_tokedit.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -291,7 +291,13 @@ def refuse_changes(recorded: Plan, asked: Plan, path: Path) -> None:
 def _settings(config: PreprocessConfig, tokenizers: JobTokenizers, prior: PriorPlan | None) -> dict[str, Any]:
     """What is done to the documents, in the names of the flags where there are any."""
     output = tokenizers.output
+    conversation = (
+        {"conversation": conversation_identity(config, tokenizers.template, prior)}
+        if tokenizers.template
+        else {}
+    )
     return {
+        **conversation,
         "json_keys": config.json_keys,
         "tokenizer": _tokenizer_settings(tokenizers.text),
         "output_tokenizer": (

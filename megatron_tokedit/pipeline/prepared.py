@@ -102,7 +102,7 @@ def _plan(job: PreprocessConfig, recorded: Plan | None) -> Plan:
 
         known = PriorFiles.from_json(recorded.prior_files)
     tokenizers = load_tokenizers(job)
-    prior = find_prior(job, tokenizers.text, only_merges=True, known=known)
+    prior = find_prior(job, tokenizers.text, template=tokenizers.template, only_merges=True, known=known)
     return make_plan(job, tokenizers, prior, recorded)
 
 
@@ -117,7 +117,8 @@ def _recorded(job: PreprocessConfig, prepared_dir: str | Path) -> Plan | None:
 
 def _record_path(job: PreprocessConfig, prepared_dir: str | Path) -> Path:
     """Named by the settings, as given: other names of the same input only cost another reading of it."""
-    settings = job.model_dump_json(exclude=_NOT_THE_BYTES)
+    of_conversations = {name for name in type(job).model_fields if name == "format" or name[:4] == "sft_"}
+    settings = job.model_dump_json(exclude=_NOT_THE_BYTES | (set() if job.is_sft else of_conversations))
     name = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
     return Path(prepared_dir) / "plans" / f"{name}.json"
 

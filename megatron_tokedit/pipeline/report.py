@@ -5,14 +5,17 @@ Invariant: documents and bytes in = out + dropped, by reason; counts are those o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.edit.statistics import MARGIN, EditStatistics
+from megatron_tokedit.pipeline.conversations import NO_RESPONSE, TOKEN_ROLES, TOO_LONG, TOO_LONG_CUT
 from megatron_tokedit.pipeline.groups import spelled_in_words, spelling
 from megatron_tokedit.pipeline.resources import JobTokenizers
-from megatron_tokedit.pipeline.results import NOT_WRITABLE, ROUND_TRIP, Totals
+from megatron_tokedit.pipeline.responses import LOGPROB_UNITS_PER_NAT
+from megatron_tokedit.pipeline.results import NOT_WRITABLE, ROUND_TRIP, KeyCounts, Totals
 
 _MANY_DRAWS = 100
 """Draws of which at least one is expected to change something."""
@@ -52,10 +55,38 @@ def dataset_statistics(
         "peak_memory_bytes_a_worker": totals.peak_bytes,
         "encoder": tokenizers.text.encoder,
     }
+    if counts.conversations:
+        statistics["conversations"] = conversation_statistics(counts.conversations)
     if counts.edit is not None:
         statistics["edit"] = edit_statistics(counts.edit)
         statistics["environments"] = sorted(totals.environments)
     return statistics
+
+
+def conversation_statistics(counts: Mapping[str, int]) -> dict[str, Any]:
+    """What was counted of conversations: by role the tokens, and the prior's perplexity of them.
+
+    The perplexity is that of the tokens as they came in, each given the conversation before it; of responses
+    only where they were scored by themselves.
+    """
+    roles: dict[str, Any] = {}
+    for role in TOKEN_ROLES:
+        scored = counts.get(f"scored.{role}", 0)
+        nats = counts.get(f"logprob_units.{role}", 0) / LOGPROB_UNITS_PER_NAT
+        roles[role] = {
+            "tokens": counts.get(f"tokens.{role}", 0),
+            "scored": scored,
+            "perplexity": math.exp(-nats / scored) if scored else None,
+        }
+    names = (
+        "loss_tokens",
+        "responses",
+        "silent_responses",
+        "truncated",
+        "messages_cut_before",
+        "messages_cut_after",
+    )
+    return {**{name: counts.get(name, 0) for name in names}, "roles": roles, "counts": dict(counts)}
 
 
 def edit_statistics(edit: EditStatistics) -> dict[str, Any]:
@@ -79,9 +110,32 @@ def edit_statistics(edit: EditStatistics) -> dict[str, Any]:
     }
 
 
+_DROPPED_IN_WORDS = {
+    NO_RESPONSE: "have an empty response",
+    TOO_LONG: "are longer than the limit (--sft-max-tokens; --sft-too-long truncate cuts the oldest turns)",
+    TOO_LONG_CUT: "are longer than the limit (--sft-max-tokens) even without all but the last exchange",
+}
+
+
+def _conversation_remarks(config: PreprocessConfig, counts: KeyCounts) -> Iterator[str]:
+    """What the user should be warned of in conversations."""
+    for reason, words in _DROPPED_IN_WORDS.items():
+        if number := counts.dropped.get(reason, 0):
+            total = counts.documents + sum(counts.dropped.values())
+            yield f"{number} of {total} conversations {words}; dropped"
+    if number := counts.conversations.get("truncated", 0):
+        turns = counts.conversations["messages_cut_before"]
+        yield f"{number} conversations lost their {turns} oldest messages, as they were too long"
+    if number := counts.conversations.get("messages_cut_after", 0):
+        yield f"{number} messages after the last response of their conversation were left out"
+    if number := counts.conversations.get("silent_responses", 0):
+        yield f"{number} empty responses inside of conversations do not count in the loss"
+
+
 def remarks(config: PreprocessConfig, tokenizers: JobTokenizers, totals: Totals, name: str) -> Iterator[str]:
     """What the user should be warned of in a finished dataset."""
     counts = totals.keys[name]
+    yield from _conversation_remarks(config, counts)
     if counts.spelled:
         spelled = spelled_in_words(tokenizers.written, counts.spelled)
         yield (

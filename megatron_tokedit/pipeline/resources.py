@@ -5,6 +5,7 @@ Invariant: a tokenizer and a prior that do not belong together never meet a docu
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tokedit.config.preprocess import PreprocessConfig
-from megatron_tokedit.errors import TokenizerError
-from megatron_tokedit.tokenizers import Tokenizer, load_tokenizer
+from megatron_tokedit.errors import ConfigError, TokenizerError
+from megatron_tokedit.pipeline.conversations import first_id
+from megatron_tokedit.tokenizers import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 
 if TYPE_CHECKING:  # these import torch, which a job that edits nothing does not need
     from megatron_tokedit.scoring.identity import PriorFiles, PriorIdentity, PriorLayout
@@ -86,10 +88,12 @@ class JobTokenizers:
     Attributes:
         text: reads the text; the prior's, where there is one.
         output: the training tokenizer, where it is another.
+        template: the chat template, where the input is conversations.
     """
 
     text: Tokenizer
     output: Tokenizer | None = None
+    template: ChatTemplate | None = None
 
     @property
     def written(self) -> Tokenizer:
@@ -101,10 +105,18 @@ def load_tokenizers(config: PreprocessConfig) -> JobTokenizers:
     """Load the tokenizers of a configuration.
 
     Raises:
-        TokenizerError: one cannot be loaded, or cannot split control tokens that a text spells.
+        TokenizerError: one cannot be loaded, or cannot split control tokens that a text spells, or there is
+            no usable chat template for conversations.
     """
     split = config.special_tokens_in_text == "split"
     text = load_tokenizer(config.tokenizer_type, config.tokenizer_model, split_special_tokens=split)
+    if config.is_sft:
+        if split:
+            _refuse_user_defined_pieces(config)
+        template = load_chat_template(
+            config.sft_chat_template, text.chat_template, text.special_tokens, text.tokenizer_model
+        )
+        return JobTokenizers(text, template=template)
     if config.output_tokenizer_type is None or config.output_tokenizer_model is None:
         return JobTokenizers(text)
     output = load_tokenizer(
@@ -118,10 +130,26 @@ def load_tokenizers(config: PreprocessConfig) -> JobTokenizers:
     return JobTokenizers(text, output)
 
 
+def _refuse_user_defined_pieces(config: PreprocessConfig) -> None:
+    """Refuse to split a sentencepiece model's user-defined pieces where a template may write them.
+
+    Raises:
+        TokenizerError: it has some.
+    """
+    if config.tokenizer_type != "SentencePieceTokenizer":
+        return
+    if load_tokenizer(config.tokenizer_type, config.tokenizer_model).spellable_ids:
+        raise TokenizerError(
+            f"{config.tokenizer_model} has user-defined pieces, which sentencepiece cannot split in a "
+            "message and leave in the template; take --special-tokens-in-text encode or error"
+        )
+
+
 def find_prior(
     config: PreprocessConfig,
     tokenizer: Tokenizer,
     *,
+    template: ChatTemplate | None = None,
     only_merges: bool = False,
     known: PriorFiles | None = None,
 ) -> PriorPlan | None:
@@ -131,6 +159,7 @@ def find_prior(
     Args:
         config: the job.
         tokenizer: its tokenizer, the one that reads the text.
+        template: its chat template, where the input is conversations.
         only_merges: this process scores nothing, so the device need not be here.
         known: the prior's files as an earlier run found them, so that unchanged ones are not read again.
 
@@ -159,21 +188,75 @@ def find_prior(
         check_dtype(identity, config.prior_dtype, layout)
     options = scoring_options(
         identity,
-        start_id=_start_id(tokenizer, identity),
+        start_id=_start_id(config, tokenizer, identity, template),
         context_tokens=config.prior_context or min(DEFAULT_CONTEXT_TOKENS, identity.max_context_tokens),
         overlap_tokens=config.prior_overlap,
         batch_tokens=config.prior_batch_tokens,
         logits_bytes=config.prior_logits_bytes,
     )
+    _check_conversation_limit(config, options)
     return PriorPlan(identity, options, config.prior_dtype, config.prior_threads, device, layout)
 
 
-def _start_id(tokenizer: Tokenizer, identity: PriorIdentity) -> int | None:
+def _check_conversation_limit(config: PreprocessConfig, options: ScoringOptions) -> None:
+    """Refuse conversations that the prior cannot see whole.
+
+    Raises:
+        ConfigError: they may be longer than its windows.
+    """
+    limit, context = config.sft_max_tokens, options.context_tokens
+    if limit is not None and limit > context and not config.sft_score_without_prompt:
+        raise ConfigError(
+            f"sft_max_tokens={limit}: the prior sees {context} tokens at a time, and a response is scored "
+            f"given all of the conversation before it; give at most {context}, or a larger "
+            "--prior-context if the prior takes it"
+        )
+
+
+def conversation_limit(config: PreprocessConfig, prior: PriorPlan | None) -> int | None:
+    """Tokens of the longest conversation; None: no bound."""
+    if config.sft_max_tokens is not None or prior is None:
+        return config.sft_max_tokens
+    return prior.options.context_tokens
+
+
+def conversation_settings(
+    config: PreprocessConfig, template: ChatTemplate, prior: PriorPlan | None
+) -> dict[str, Any]:
+    """How conversations are read and rendered, as the manifest records it."""
+    return {
+        "chat_template": template.source,
+        "chat_template_name": template.name,
+        "format": config.sft_format,
+        "keys": config.sft_keys,
+        "max_tokens": conversation_limit(config, prior),
+        "too_long": config.sft_too_long,
+    }
+
+
+def conversation_identity(
+    config: PreprocessConfig, template: ChatTemplate, prior: PriorPlan | None
+) -> dict[str, Any]:
+    """What of it determines the bytes: the template's text, whatever its name, as a checksum."""
+    settings = conversation_settings(config, template, prior)
+    del settings["chat_template_name"]
+    return settings | {"chat_template": hashlib.sha256(template.source.encode()).hexdigest()}
+
+
+def _start_id(
+    config: PreprocessConfig, tokenizer: Tokenizer, identity: PriorIdentity, template: ChatTemplate | None
+) -> int | None:
     """The id put before each window: the prior's own, else BOS where the tokenizer's models expect it.
 
-    A tokenizer that writes BOS itself needs none; a prior trained on ``.bin`` files never saw BOS, there a
-    document follows the end of the one before.
+    A tokenizer that writes BOS itself needs none, nor does a chat template that does; a prior trained on
+    ``.bin`` files never saw BOS, there a document follows the end of the one before.
     """
+    if template is not None:
+        start_id = identity.start_id
+        if start_id is None and tokenizer.prepends_bos:
+            start_id = tokenizer.bos
+        is_written = not config.sft_score_without_prompt and first_id(tokenizer, template) == start_id
+        return None if is_written else start_id
     if identity.start_id is not None:
         return None if identity.start_id in tokenizer.prefix_ids else identity.start_id
     return tokenizer.bos if tokenizer.prepends_bos and tokenizer.bos not in tokenizer.prefix_ids else None

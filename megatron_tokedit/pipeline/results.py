@@ -42,6 +42,7 @@ class KeyCounts:
         dropped_bytes: reason -> UTF-8 bytes of their text.
         unedited: reason -> documents that were written, but not edited.
         edit: what was scored and edited; None where nothing is.
+        conversations: what was counted of conversations, by name; empty where there are none.
         checksums: suffix of a part's file -> its SHA-256 (hex); of a unit, not of all together.
     """
 
@@ -53,6 +54,7 @@ class KeyCounts:
     dropped_bytes: dict[str, int] = field(default_factory=dict)
     unedited: dict[str, int] = field(default_factory=dict)
     edit: EditStatistics | None = None
+    conversations: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: KeyCounts) -> None:
@@ -60,7 +62,7 @@ class KeyCounts:
         self.documents += other.documents
         self.sequences += other.sequences
         self.tokens += other.tokens
-        for name in ("spelled", "dropped", "dropped_bytes", "unedited"):
+        for name in ("spelled", "dropped", "dropped_bytes", "unedited", "conversations"):
             for reason, number in getattr(other, name).items():
                 count(getattr(self, name), reason, number)
         if other.edit is not None:

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.dataset import IndexedDatasetWriter, JournalWriter, best_dtype
+from megatron_tokedit.dataset.loss_mask import LOSS_MASK_DTYPE, LOSS_MASK_SUFFIXES, loss_mask_prefix
 from megatron_tokedit.edit.lineage import Lineage
 from megatron_tokedit.edit.statistics import EditStatistics
 from megatron_tokedit.errors import PriorError
+from megatron_tokedit.pipeline.conversations import TOKEN_ROLES, EncodedConversation
 from megatron_tokedit.pipeline.editing import GroupEditor, Reencoder
 from megatron_tokedit.pipeline.groups import Fate, Group, GroupReader, Sequences
 from megatron_tokedit.pipeline.overlap import Behind, ahead
@@ -45,6 +49,7 @@ class _Output:
     dataset: IndexedDatasetWriter
     journal: JournalWriter | None
     counts: KeyCounts
+    loss_mask: IndexedDatasetWriter | None = None
 
 
 class UnitWorker:
@@ -64,7 +69,7 @@ class UnitWorker:
         self._workdir = WorkDir(config.output_prefix)
         self._written = tokenizers.written
         self._dtype = best_dtype(tokenizers.written.vocab_size)
-        self._reader = GroupReader(config, tokenizers)
+        self._reader = GroupReader(config, tokenizers, prior)
         self._reencoder = Reencoder(config, tokenizers)
         self._reencode_step = "write" if tokenizers.output is None else "reencode"
         self._editor = GroupEditor(config, tokenizers, prior) if prior else None
@@ -117,16 +122,23 @@ class UnitWorker:
         """Start a dataset's files; they vanish if the unit fails."""
         prefix = self._workdir.unit_part(unit_id, name)
         dataset = stack.enter_context(IndexedDatasetWriter(prefix, self._dtype))
+        loss_mask = None
+        if self._config.is_sft:
+            writer = IndexedDatasetWriter(loss_mask_prefix(prefix), LOSS_MASK_DTYPE)
+            loss_mask = stack.enter_context(writer)
         if self._editor is None:
-            return _Output(dataset, None, KeyCounts())
+            return _Output(dataset, None, KeyCounts(), loss_mask)
         journal = stack.enter_context(JournalWriter(f"{prefix}.edits", self._dtype))
-        return _Output(dataset, journal, KeyCounts(edit=EditStatistics()))
+        return _Output(dataset, journal, KeyCounts(edit=EditStatistics()), loss_mask)
 
     def _close(self, output: _Output) -> KeyCounts:
         """Give a dataset's files their names."""
         checksums = output.counts.checksums
         if output.journal is not None:
             checksums[".edits"] = output.journal.finalize()
+        if output.loss_mask is not None:
+            mask = output.loss_mask.finalize()
+            checksums |= dict(zip(LOSS_MASK_SUFFIXES, (mask.bin_sha256, mask.idx_sha256), strict=True))
         summary = output.dataset.finalize()
         checksums |= {".bin": summary.bin_sha256, ".idx": summary.idx_sha256}
         output.counts.documents = summary.num_documents
@@ -150,12 +162,11 @@ class UnitWorker:
             behind.submit(self._write, group, key, generations[0], lambda: nothing, stopwatch)
             advance(0, group.keys[key].num_tokens)
             return
-        statistics = [output.counts.edit or EditStatistics() for output in generations]
         try:
             self._editor.edit(
                 group,
                 key,
-                statistics,
+                [output.counts for output in generations],
                 stopwatch,
                 on_batch=lambda tokens: advance(0, tokens),
                 on_generation=lambda index, lineages: behind.submit(
@@ -187,12 +198,16 @@ class UnitWorker:
         with stopwatch.timed("write"):
             for index, document in enumerate(written):
                 if document is None:
-                    count(output.counts.dropped, ROUND_TRIP)
-                    count(output.counts.dropped_bytes, ROUND_TRIP, group.documents[index].num_bytes)
+                    reason = encoded.reasons.get(index, ROUND_TRIP)
+                    count(output.counts.dropped, reason)
+                    count(output.counts.dropped_bytes, reason, group.documents[index].num_bytes)
                     continue
                 sequences, changes, is_refused = document
                 count(output.counts.unedited, NOT_WRITABLE, int(is_refused))
                 output.dataset.add_document(self._ended(sequences))
+                conversation = encoded.conversations[index] if encoded.conversations else None
+                if output.loss_mask is not None and conversation is not None:
+                    _write_loss_mask(output, conversation, edited[index])
                 if output.journal is not None:
                     original = self._ended(encoded.originals[index])
                     output.journal.add_document([len(ids) for ids in original], *changes)
@@ -200,3 +215,20 @@ class UnitWorker:
     def _ended(self, sequences: Sequences) -> Sequences:
         """The sequences with the end-of-document id, where it is wanted."""
         return append_eod(sequences, self._written.eod) if self._config.append_eod else sequences
+
+
+def _write_loss_mask(output: _Output, conversation: EncodedConversation, edited: Lineage | None) -> None:
+    """Write which tokens of a conversation count in the loss, and count what its tokens are."""
+    assert output.loss_mask is not None
+    loss_M = conversation.loss_of(edited)
+    output.loss_mask.add_document([loss_M.astype(LOSS_MASK_DTYPE)])
+    roles_M = conversation.roles_T if edited is None else conversation.roles_of(edited)
+    counts = output.counts.conversations
+    for number, role in enumerate(TOKEN_ROLES):
+        count(counts, f"tokens.{role}", int(np.count_nonzero(roles_M == number)))
+    count(counts, "loss_tokens", int(np.count_nonzero(loss_M)))
+    count(counts, "responses", conversation.num_responses)
+    count(counts, "silent_responses", conversation.num_silent)
+    count(counts, "truncated", int(conversation.num_cut_before > 0))
+    count(counts, "messages_cut_before", conversation.num_cut_before)
+    count(counts, "messages_cut_after", conversation.num_cut_after)

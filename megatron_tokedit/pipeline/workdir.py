@@ -1,6 +1,7 @@
 """Names of all files of a job, and the locks that let one process at a time plan or merge.
 
     PREFIX_KEY_document.{bin,idx,edits,manifest.json,stats.json}    the outputs
+    PREFIX_KEY_document_loss_mask.{bin,idx}                         of conversations
     PREFIX.work/plan.json                                           what the job is
     PREFIX.work/complete.json                                       written last, after the merge
     PREFIX.work/{plan,units}.lock                                   empty
@@ -20,11 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_tokedit.config.preprocess import PreprocessConfig
+from megatron_tokedit.dataset.journal_format import JOURNAL_SUFFIX
+from megatron_tokedit.dataset.loss_mask import LOSS_MASK_SUFFIXES
 from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.log import get_logger
 
 logger = get_logger(__name__)
-OUTPUT_SUFFIXES = (".bin", ".idx", ".manifest.json", ".stats.json", ".edits")
+_OUTPUT_SUFFIXES = (".bin", ".idx", ".manifest.json", ".stats.json")
+
+
+def output_suffixes(config: PreprocessConfig) -> tuple[str, ...]:
+    """Suffixes of the files that a job leaves of each dataset."""
+    edits = (JOURNAL_SUFFIX,) if config.edits else ()
+    return (*_OUTPUT_SUFFIXES, *edits, *(LOSS_MASK_SUFFIXES if config.is_sft else ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,21 @@
 Invariant: the ids are Megatron-LM's for the same ``--tokenizer-type`` and ``--tokenizer-model``.
 """
 
-from megatron_tokedit.tokenizers.base import Tokenizer
+from megatron_tokedit.tokenizers.base import PlacedIds, Tokenizer
+from megatron_tokedit.tokenizers.chat_template import ChatTemplate, TemplateError, load_chat_template
 from megatron_tokedit.tokenizers.document import append_eod, encode_document, encode_documents
 from megatron_tokedit.tokenizers.load import TOKENIZER_TYPES, load_tokenizer, tokenizer_spec
 
 __all__ = [
     "TOKENIZER_TYPES",
+    "ChatTemplate",
+    "PlacedIds",
+    "TemplateError",
     "Tokenizer",
     "append_eod",
     "encode_document",
     "encode_documents",
+    "load_chat_template",
     "load_tokenizer",
     "tokenizer_spec",
 ]

@@ -7,10 +7,26 @@ loses nothing (no whitespace clean-up).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedIds:
+    """Token ids and where in the text they stand.
+
+    Attributes:
+        ids_T: int32 ``[T]``.
+        starts_T: int64 ``[T]``: first character of each token.
+        ends_T: int64 ``[T]``: one past its last; tokens that are parts of one character have all of it.
+    """
+
+    ids_T: npt.NDArray[np.int32]
+    starts_T: npt.NDArray[np.int64]
+    ends_T: npt.NDArray[np.int64]
 
 
 @runtime_checkable
@@ -40,6 +56,12 @@ class Tokenizer(Protocol):
     spellable_ids: frozenset[int]
     """The control ids that a text can spell with this tokenizer as loaded; empty where such text is split.
     The unknown id is not among them where it also stands for characters that the vocabulary lacks."""
+    chat_template: str | None
+    """Jinja text of the chat template that lies beside the vocabulary, where there is one."""
+    special_tokens: Mapping[str, str]
+    """``bos_token``, ``eos_token``, ... -> its text: what chat templates can refer to."""
+    control_tokens: Mapping[str, int]
+    """Text -> id of the control tokens that a chat template can write."""
 
     @property
     def incomplete_utf8(self) -> Mapping[int, bytes]:
@@ -68,4 +90,15 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The exact text of ``ids``, the inverse of ``encode``: its ``prefix_ids`` and ``suffix_ids`` are
         left out, all other special tokens are spelled out. Bytes that are no valid UTF-8 become U+FFFD.
+        """
+
+    def encode_chat(self, text: str, foreign: Sequence[tuple[int, int]]) -> PlacedIds:
+        """Token ids of a conversation that a chat template has rendered: nothing is put before or after.
+
+        Control tokens that the template spells become these tokens.
+
+        Args:
+            text: as rendered.
+            foreign: ascending spans ``[start, stop)`` of ``text`` in which not the template but a message
+                spells a control token; whether they become one is the tokenizer's own way with such text.
         """

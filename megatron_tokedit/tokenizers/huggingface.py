@@ -10,6 +10,7 @@ spaces.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -24,9 +25,10 @@ from transformers import AutoTokenizer
 
 from megatron_tokedit.errors import TokenizerError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.tokenizers.base import PlacedIds
 from megatron_tokedit.tokenizers.fast_encoder import FastEncoder, find_fast_encoder
 from megatron_tokedit.tokenizers.incomplete import incomplete_byte_fallback, incomplete_byte_level
-from megatron_tokedit.tokenizers.segments import split_at_ids
+from megatron_tokedit.tokenizers.segments import split_at_ids, widened
 
 _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 _PROBE = (
@@ -63,11 +65,17 @@ class HuggingFaceTokenizer:
         self.special_ids = frozenset(special | {self.eod})
         self.prefix_ids, self.suffix_ids = self._template()
         self.prepends_bos = self.bos is not None and self.bos in self.prefix_ids
+        self.chat_template: str | None = _chat_template(loaded)
+        self.special_tokens: Mapping[str, str] = dict(loaded.special_tokens_map)
+        self.control_tokens: Mapping[str, int] = {
+            self._backend.id_to_token(i): i for i in sorted(self.special_ids)
+        }
         self._added_ids = np.array(sorted(added), np.int32)
         self._decodes_by_segment = self._segments_are_exact()
         self._encoding = (
             _splitting(self._backend, self.special_ids) if split_special_tokens else self._backend
         )
+        self._splits = split_special_tokens
         self.spellable_ids = self._spelled_control_ids()
         if split_special_tokens and self.spellable_ids:
             tokens = ", ".join(self._backend.id_to_token(i) for i in sorted(self.spellable_ids)[:5])
@@ -143,6 +151,24 @@ class HuggingFaceTokenizer:
             [token["content"] for token in added],
         )
 
+    def encode_chat(self, text: str, foreign: Sequence[tuple[int, int]]) -> PlacedIds:
+        """The ids of ``AutoTokenizer.apply_chat_template``; of its ``sanitize_control_tokens=True`` where
+        control tokens in the text are split.
+        """
+        whole, literal = self._bare_backends
+        if not (self._splits and foreign):
+            return _placed([(whole, text, 0)])
+        bounds = [0, *(bound for span in foreign for bound in span), len(text)]
+        pieces = zip(itertools.cycle((whole, literal)), itertools.pairwise(bounds))
+        return _placed([(backend, text[start:stop], start) for backend, (start, stop) in pieces])
+
+    @cached_property
+    def _bare_backends(self) -> tuple[Any, Any]:
+        """The tokenizer without its template, and one that splits control tokens too."""
+        definition = json.loads(self._backend.to_str()) | {"post_processor": None}
+        bare = RustTokenizer.from_str(json.dumps(definition))
+        return bare, _splitting(bare, self.special_ids)
+
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The exact text of ``ids`` without the template's ids; special tokens are spelled out."""
         body = self._without_template(np.asarray(ids, np.int32))
@@ -204,6 +230,37 @@ class HuggingFaceTokenizer:
     def _probe_of_added_tokens(self) -> str:
         token = self._backend.id_to_token(int(self._added_ids[0])) if self._added_ids.size else ""
         return f"a{token} b{token}c"
+
+
+def _placed(pieces: Sequence[tuple[Any, str, int]]) -> PlacedIds:
+    """Encode pieces of a text, each with a tokenizer of its own, given with where it begins.
+
+    As in transformers, a piece but the first is encoded after a line end that is then removed, so that it
+    does not get the space that some tokenizers put before a text.
+    """
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for backend, piece, start in pieces:
+        if not piece:
+            continue
+        encoding = backend.encode("\n" + piece if start else piece, add_special_tokens=False)
+        line_end = backend.encode("\n", add_special_tokens=False).ids if start else []
+        skipped = len(line_end)
+        if encoding.ids[:skipped] != line_end:
+            encoding, skipped = backend.encode(piece, add_special_tokens=False), 0
+        shift = start - (1 if skipped else 0)
+        ids += encoding.ids[skipped:]
+        offsets += [(begin + shift, end + shift) for begin, end in encoding.offsets[skipped:]]
+    starts_T, ends_T = np.array(offsets, np.int64).reshape(-1, 2).T
+    return PlacedIds(np.array(ids, np.int32), starts_T, widened(starts_T, ends_T))
+
+
+def _chat_template(loaded: Any) -> str | None:
+    """The chat template of a tokenizer; of several the one named ``default``."""
+    template = loaded.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _splitting(backend: Any, special_ids: frozenset[int]) -> Any:

@@ -25,3 +25,12 @@ def split_at_ids(
         yield ids[start:position], int(ids[position])
         start = position + 1
     yield ids[start:], None
+
+
+def widened(starts_T: npt.NDArray[np.int64], ends_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Ends of tokens, where one of no width (a byte of a character that the next one ends) has the next's."""
+    ends_T = ends_T.copy()
+    for index in (np.flatnonzero(starts_T == ends_T)[::-1]).tolist():
+        if index + 1 < len(ends_T) and starts_T[index + 1] == starts_T[index]:
+            ends_T[index] = ends_T[index + 1]
+    return ends_T

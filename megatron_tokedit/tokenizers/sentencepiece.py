@@ -10,7 +10,9 @@ user-defined piece becomes that piece, unless the tokenizer is loaded to split i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
 from megatron_tokedit.errors import TokenizerError
+from megatron_tokedit.tokenizers.base import PlacedIds
 from megatron_tokedit.tokenizers.incomplete import incomplete_byte_fallback
-from megatron_tokedit.tokenizers.segments import split_at_ids
+from megatron_tokedit.tokenizers.segments import split_at_ids, widened
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 _TEXT_TYPES = (_Piece.NORMAL, _Piece.BYTE)
@@ -72,7 +75,14 @@ class SentencePieceTokenizer:
         self._spelled_ids = np.array(
             [i for i, piece in enumerate(model.pieces) if piece.type in _SPELLED_TYPES], np.int32
         )
+        self.chat_template = _chat_template(tokenizer_model)
+        self.special_tokens: Mapping[str, str] = _special_tokens(processor)
         spellable = _spellable_ids(model)
+        self.control_tokens: Mapping[str, int] = {
+            piece.piece: i
+            for i, piece in enumerate(model.pieces)
+            if piece.type == _Piece.CONTROL or i in spellable
+        }
         self.spellable_ids = frozenset[int]() if split_special_tokens else spellable
         self._encoding = (
             _splitting_processor(model, spellable) if split_special_tokens and spellable else processor
@@ -105,6 +115,43 @@ class SentencePieceTokenizer:
         """``encode`` of every text; int32 arrays. One thread: workers are processes."""
         return [np.array(ids, np.int32) for ids in self._encoding.encode(list(texts), num_threads=1)]
 
+    def encode_chat(self, text: str, foreign: Sequence[tuple[int, int]]) -> PlacedIds:
+        """Control pieces (``</s>``) that the template spells become these pieces, and the text between them
+        is encoded on its own; spelled in a message they stay ordinary text, as everywhere else.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        position = 0
+        for match in self._control_pattern.finditer(text):
+            if any(start < match.end() and match.start() < stop for start, stop in foreign):
+                continue
+            self._encode_segment(text, position, match.start(), ids, offsets)
+            ids.append(self.control_tokens[match[0]])
+            offsets.append(match.span())
+            position = match.end()
+        self._encode_segment(text, position, len(text), ids, offsets)
+        starts_T, ends_T = np.array(offsets, np.int64).reshape(-1, 2).T
+        return PlacedIds(np.array(ids, np.int32), starts_T, widened(starts_T, ends_T))
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        """Control pieces that plain encoding makes ordinary text; the longest first."""
+        pieces = [piece for piece, i in self.control_tokens.items() if i not in self.spellable_ids]
+        return re.compile("|".join(map(re.escape, sorted(pieces, key=len, reverse=True))) or "(?!)")
+
+    def _encode_segment(
+        self, text: str, start: int, stop: int, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> None:
+        """Add the ids and places of a stretch of text."""
+        segment = text[start:stop]
+        if not segment:
+            return
+        encoded = self._encoding.encode(segment, out_type="serialized_proto")
+        pieces = sentencepiece_pb2.SentencePieceText.FromString(encoded).pieces
+        character_of = _character_of_byte(segment)
+        ids += [piece.id for piece in pieces]
+        offsets += [(start + character_of(piece.begin), start + character_of(piece.end)) for piece in pieces]
+
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The exact text of ``ids``; control pieces are spelled out, invalid UTF-8 becomes U+FFFD."""
         parts = []
@@ -113,6 +160,40 @@ class SentencePieceTokenizer:
             if special is not None:
                 parts.append(self._processor.id_to_piece(special))
         return "".join(parts)
+
+
+def _character_of_byte(text: str) -> Callable[[int], int]:
+    """From a place in the UTF-8 bytes of a text to that in its characters."""
+    if text.isascii():
+        return int
+    firsts = np.cumsum([0, *(len(character.encode()) for character in text)])
+    return lambda position: int(np.searchsorted(firsts, position))
+
+
+def _special_tokens(processor: Any) -> dict[str, str]:
+    """Special tokens of a model under the names that chat templates use."""
+    ids = {
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "unk_token": processor.unk_id(),
+        "pad_token": processor.pad_id(),
+    }
+    return {name: processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
+
+def _chat_template(tokenizer_model: str) -> str | None:
+    """The chat template in the model's folder: ``chat_template.jinja``, or in ``tokenizer_config.json``."""
+    path = Path(tokenizer_model)
+    folder = path if path.is_dir() else path.parent
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except OSError:
+        pass
+    try:
+        template = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return template if isinstance(template, str) else None
 
 
 def _spellable_ids(model: Any) -> frozenset[int]:
