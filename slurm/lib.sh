@@ -247,13 +247,14 @@ finish() {
     say "done: $stage of ${run[0]}"
 }
 
-# train pretrain|continue CONFIG [OVERRIDE...]: the datasets that are missing, then the training, until the run is complete.
+# train pretrain|continue|sft CONFIG [OVERRIDE...]: the datasets that are missing, then the training, until the run is complete.
 train() {
     local wanted="$1"
     shift
     begin train "$@"
-    if [[ "$wanted" == continue && "$run_stage" != continue ]]; then
-        fail "${run[0]}: stage: $run_stage starts from nothing; give \`stage: continue\` with \`init_from\`, or use pretrain_edited.sh"
+    if [[ "$wanted" != pretrain && "$run_stage" != "$wanted" ]]; then
+        local -A scripts=([pretrain]=pretrain_edited.sh [continue]=continual_pretrain.sh [sft]=sft.sh)
+        fail "${run[0]}: this script is for \`stage: $wanted\` with \`init_from\`, and the stage is $run_stage; use ${scripts[$run_stage]}"
     fi
     if ((complete)); then
         say "nothing to do: the run is complete"

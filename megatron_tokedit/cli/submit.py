@@ -28,7 +28,7 @@ Submit what a run still needs to Slurm as its YAML file says (section `slurm`), 
 
   preprocess   an array job: the work units of the sources whose dataset is missing (slurm/preprocess_edit.sh)
   merge        joins them to the datasets (slurm/preprocess_edit.sh --merge)
-  train        slurm/pretrain_edited.sh, or slurm/continual_pretrain.sh for `stage: continue`
+  train        slurm/pretrain_edited.sh; for `stage: continue` continual_pretrain.sh, for `stage: sft` sft.sh
   evaluate     perplexity on the validation sources (slurm/evaluate.sh), where `slurm.evaluate` is given
 
 What is done is left out: after a failure the same command submits what is missing, and of the array only the

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tokedit.cli.evaluate import evaluation_file
-from megatron_tokedit.cli.train_report import find_progress, known_sources, look_at_units
+from megatron_tokedit.cli.evaluate_perplexity import evaluation_file
+from megatron_tokedit.cli.train_report import RunProgress, find_progress, known_sources, look_at_units
 from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.config.slurm import (
     EvaluateStageConfig,
@@ -28,6 +28,8 @@ from megatron_tokedit.errors import ConfigError
 from megatron_tokedit.pipeline.placement import array_expression
 
 STAGES = ("preprocess", "merge", "train", "evaluate")
+TRAIN_SCRIPTS = {"pretrain": "pretrain_edited.sh", "continue": "continual_pretrain.sh", "sft": "sft.sh"}
+"""By the stage of the run's configuration."""
 _PLACEMENT = ("partition", "account", "qos", "constraint", "reservation")
 
 
@@ -119,7 +121,7 @@ def plan_chain(config: RunConfig, stages: Collection[str] | None, arguments: Seq
     progress = find_progress(config)
     config = known_sources(config)
     need = _needed(config)
-    found = [f"{config.run_dir}: step {progress.step} of {progress.train_steps}"]
+    found = [f"{config.run_dir}: step {progress.step} of {progress.train_steps or 'its epochs'}"]
     names = [source.name for _, source in all_sources(config.data) if dataset_exists(source.prefix)]
     found += [f"datasets that are there: {', '.join(names)}"] if names else []
     found += [f"dataset that is missing: {source}" for source in progress.missing]
@@ -127,7 +129,7 @@ def plan_chain(config: RunConfig, stages: Collection[str] | None, arguments: Seq
     asked = wanted if stages is None else stages
     done = _done(need)
     if progress.is_complete:
-        done |= _done_after_training(config, progress.step, wanted if stages is None else ())
+        done |= _done_after_training(config, progress, wanted if stages is None else ())
     chosen = [stage for stage in STAGES if stage in asked and stage not in done]
     _refuse_gaps(config, need, chosen, is_trained=progress.step > 0)
     jobs: list[Job] = []
@@ -156,15 +158,16 @@ def _done(need: _Need) -> dict[str, str]:
     return {} if need.tasks else {"preprocess": "all work units are done"}
 
 
-def _done_after_training(config: RunConfig, step: int, wanted: Sequence[str]) -> dict[str, str]:
+def _done_after_training(config: RunConfig, progress: RunProgress, wanted: Sequence[str]) -> dict[str, str]:
     """The same of a run that is complete: nothing is made or measured once more, unless asked for by name.
 
     Args:
         config: the run's, with the prefixes that are known.
-        step: that was reached.
+        progress: of it.
         wanted: stages that nobody has asked for by name.
     """
-    why = f"the run is complete: step {step} of {config.training.train_steps}"
+    step = progress.step
+    why = f"the run is complete: step {step} of {progress.train_steps}"
     done = {"train": why}
     evaluated = evaluation_file(config.run_dir, step)
     if "evaluate" in wanted and evaluated.exists():
@@ -206,7 +209,7 @@ def _job(stage: str, config: RunConfig, need: _Need, arguments: Sequence[str], a
     nodes = wanted.nodes if isinstance(wanted, TrainStageConfig) else 1
     run_name = re.sub(r"[^\w.-]", "_", Path(config.run_dir).absolute().name)
     script = {
-        "train": "continual_pretrain.sh" if config.stage == "continue" else "pretrain_edited.sh",
+        "train": TRAIN_SCRIPTS[config.stage],
         "evaluate": "evaluate.sh",
     }.get(stage, "preprocess_edit.sh")
     tasks = f"tasks {array} of {slurm.preprocess.tasks or 1}, each " if array else ""

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_tokedit.cli.main import EXIT_OK, add_common_arguments, run_command
+from megatron_tokedit.cli.main import EXIT_OK, GOES_ON, add_common_arguments, run_command
 from megatron_tokedit.cli.train_progress import progress_shown
 from megatron_tokedit.cli.train_report import REQUEUE_FILE, print_progress, print_report
 from megatron_tokedit.cli.world_check import (
@@ -121,7 +121,7 @@ def _share(text: str) -> Share:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_command(_run, argv)
+    return run_command(_run, argv, interrupted=GOES_ON)
 
 
 @contextmanager
@@ -314,7 +314,7 @@ def _train(config: RunConfig, early: StopRequest, *, quiet: bool) -> int:
     if result.finished:
         logger.info("finished: %d steps, checkpoint %s", result.state.step, result.checkpoint)
         return EXIT_OK
-    stopped = f"{result.stopped_by} after step {result.state.step} of {config.training.train_steps}"
+    stopped = f"{result.stopped_by} after step {result.state.step} of {result.train_steps}"
     if int(os.environ.get("RANK", "0")) == 0:
         logger.warning("stopped by %s; the same command goes on from %s", stopped, result.checkpoint)
     if result.stopped_by == "exit_at_step":
@@ -356,8 +356,10 @@ def _check_gpu(config: RunConfig) -> None:
 
 def _train_until(stop: StopRequest, config: RunConfig, *, quiet: bool) -> TrainResult:
     """Start the ranks and train until the run is complete or told to stop."""
+    from megatron_tokedit.dataset.rank_zero import from_rank_zero
     from megatron_tokedit.engine.initialize import initialize
     from megatron_tokedit.tokenizers import load_tokenizer, tokenizer_spec
+    from megatron_tokedit.training.length import with_train_steps
     from megatron_tokedit.training.trainer import train
 
     with _rank_zero_first():
@@ -372,6 +374,8 @@ def _train_until(stop: StopRequest, config: RunConfig, *, quiet: bool) -> TrainR
             cuda_graphs=config.precision.cuda_graph_impl != "none",
         )
     try:
+        with _rank_zero_first():
+            config = from_rank_zero(partial(with_train_steps, config, spec))
         with (
             _rank_zero_first(),
             progress_shown(config.training.train_steps, enabled=ctx.rank == 0 and not quiet) as progress,

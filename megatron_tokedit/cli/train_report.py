@@ -18,10 +18,10 @@ from megatron_tokedit.config.parallel_checks import layout_in_words, model_ranks
 from megatron_tokedit.config.raw_sources import preprocessing_of, with_prefixes
 from megatron_tokedit.config.record import resolve, to_yaml
 from megatron_tokedit.config.sections import RunConfig, SourceConfig
-from megatron_tokedit.config.validate import num_microbatches
+from megatron_tokedit.config.validate import num_microbatches, validate
 from megatron_tokedit.dataset.sources import all_sources, dataset_exists, missing_sources
 from megatron_tokedit.engine import checkpoint_folder
-from megatron_tokedit.errors import TokeditError
+from megatron_tokedit.errors import DataFormatError, TokeditError
 from megatron_tokedit.pipeline.placement import WHOLE, Share
 from megatron_tokedit.pipeline.plan import load_plan
 from megatron_tokedit.pipeline.prepared import placed_output_prefix
@@ -47,7 +47,7 @@ class RunProgress:
 
     Attributes:
         step: of the newest complete checkpoint.
-        train_steps: where it ends.
+        train_steps: where it ends; 0 where it is given in epochs and has no checkpoint yet.
         units: work units that are done, of all sources or of one share.
         missing: ``NAME: 3 of 11 units`` for every source that has to be made first.
     """
@@ -60,12 +60,12 @@ class RunProgress:
     @property
     def is_complete(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.step >= self.train_steps
+        return 0 < self.train_steps <= self.step
 
     def __str__(self) -> str:
         return "; ".join(
             [
-                f"step {self.step} of {self.train_steps}",
+                f"step {self.step} of {self.train_steps or 'its epochs'}",
                 *(f"preparing {source}" for source in self.missing),
             ]
         )
@@ -81,6 +81,9 @@ def find_progress(config: RunConfig, share: Share = WHOLE) -> RunProgress:
     config = known_sources(config)
     latest = checkpoint_folder.find_latest(Path(config.run_dir) / "checkpoints")
     step = checkpoint_folder.read_json(latest, checkpoint_folder.STATE_FILE)["step"] if latest else 0
+    train_steps = config.training.train_steps
+    if not train_steps and latest is not None:
+        train_steps = _recorded_steps(config, latest)
     units, missing = 0, []
     for source in missing_sources(config):
         done, planned = _count_units(config, source, share)
@@ -88,7 +91,19 @@ def find_progress(config: RunConfig, share: Share = WHOLE) -> RunProgress:
         missing.append(
             f"{source.name}: not begun" if planned is None else f"{source.name}: {done} of {planned} units"
         )
-    return RunProgress(step, config.training.train_steps, units, tuple(missing))
+    return RunProgress(step, train_steps, units, tuple(missing))
+
+
+def _recorded_steps(config: RunConfig, checkpoint: Path) -> int:
+    """The steps that a run's epochs came to when it was last started; 0 if its epochs are others now."""
+    recorded = checkpoint_folder.read_json(checkpoint, checkpoint_folder.RUN_CONFIG_FILE)
+
+    def epochs(mapping: dict[str, Any]) -> list[Any]:
+        sources = mapping["data"]["train"]
+        return [mapping["training"].get("train_epochs"), *((s["name"], s.get("epochs")) for s in sources)]
+
+    is_same = epochs(recorded) == epochs(config.model_dump(mode="json"))
+    return int(recorded["training"]["train_steps"]) if is_same else 0
 
 
 def count_made_units(config: RunConfig, share: Share = WHOLE) -> int:
@@ -168,6 +183,7 @@ def print_report(
     assumed = " (assumed: as few as the layout needs; give --world-size)" if world_size is None else ""
     ranks = world_size or smallest_world(parallel)
     spec = _tokenizer(config, problems)
+    config = _with_steps(config, spec, world_size, problems)
     vocab_size = spec["vocab_size"] if spec else config.model.vocab_size
     if vocab_size is not None:
         config = resolve(config, vocab_size=vocab_size)
@@ -194,6 +210,23 @@ def print_report(
         return 1
     print("\nno problems found")
     return 0
+
+
+def _with_steps(
+    config: RunConfig, spec: dict[str, Any] | None, world_size: int | None, problems: list[str]
+) -> RunConfig:
+    """With the steps that epochs come to, where the data are there; and whether the schedule fits them."""
+    from megatron_tokedit.training.length import is_in_epochs, with_train_steps
+
+    if spec is None or not is_in_epochs(config) or missing_sources(config):
+        return config
+    try:
+        config = with_train_steps(config, spec)
+        validate(config, world_size)
+    except TokeditError as error:
+        if not isinstance(error, DataFormatError):  # the data's own problems are told with the data
+            problems.append(str(error))
+    return config
 
 
 def _machine(config: RunConfig, machine: Probe, problems: list[str]) -> Iterator[str]:
@@ -231,11 +264,16 @@ def _sizes(config: RunConfig, data_parallel: int, vocab_size: int | None) -> Ite
     training, model, parallel = config.training, config.model, config.parallel
     tokens = training.global_batch_size * model.seq_length
     run_tokens = total_samples(training) * model.seq_length
+    in_all = (
+        f"{run_tokens:,} in {training.train_steps:,} steps"
+        if run_tokens
+        else "as many steps as the epochs come to"
+    )
     yield f"layout: {layout_in_words(parallel, data_parallel)}"
     yield (
         f"batch: {training.global_batch_size} sequences a step = {training.micro_batch_size} a microbatch x "
         f"{num_microbatches(training, data_parallel)} microbatches x {data_parallel} data-parallel rank(s); "
-        f"{tokens:,} tokens a step, {run_tokens:,} in {training.train_steps:,} steps"
+        f"{tokens:,} tokens a step, {in_all}"
     )
     if vocab_size is None:
         yield "parameters: not known without the vocabulary size"
@@ -243,7 +281,8 @@ def _sizes(config: RunConfig, data_parallel: int, vocab_size: int | None) -> Ite
     flops = flops_per_token(model, vocab_size)
     yield f"parameters: {num_parameters(model, vocab_size):,}"
     run_flops = flops * run_tokens
-    yield f"compute: {flops / 1e9:.4g} GFLOP a token, {run_flops / 1e15:.4g} PFLOP in all"
+    in_all = f", {run_flops / 1e15:.4g} PFLOP in all" if run_flops else ""
+    yield f"compute: {flops / 1e9:.4g} GFLOP a token{in_all}"
     memory = estimate_memory(config, data_parallel_size=data_parallel)
     parts = ("parameters", "gradients", "optimizer", "activations", "logits")
     shown = " + ".join(f"{part} {getattr(memory, part) / GIB:.3g}" for part in parts)
@@ -264,7 +303,8 @@ def _start(config: RunConfig, spec: dict[str, Any] | None, problems: list[str]) 
     if origin.folder is None:
         return "from scratch"
     if origin.is_own:
-        return f"goes on after step {origin.state['step']} of {config.training.train_steps}: {origin.folder}"
+        steps = config.training.train_steps or "its epochs"
+        return f"goes on after step {origin.state['step']} of {steps}: {origin.folder}"
     return f"step 0 with the weights of {origin.folder}"
 
 
@@ -273,6 +313,9 @@ def _schedule(config: RunConfig) -> Iterator[str]:
     from megatron_tokedit.engine.optimizer import learning_rates
 
     steps = config.training.train_steps
+    if not steps:
+        yield "not known before the epochs of the data are"
+        return
     shown = {1, steps, *(max(1, steps * part // 8) for part in range(1, 8))}
     for corner in _corners(config):
         shown |= {step for step in (corner, corner + 1) if 0 < step <= steps}

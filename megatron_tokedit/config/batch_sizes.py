@@ -65,6 +65,16 @@ def batch_stages(training: TrainingConfig, *, step: int = 0, consumed_samples: i
     return stages
 
 
+def steps_for(training: TrainingConfig, num_samples: int, *, consumed_samples: int = 0) -> int:
+    """Steps that consume the samples from ``consumed_samples`` to ``num_samples``; the last may want more."""
+    num_steps = 0
+    while consumed_samples < num_samples:
+        size = batch_size_at(training, consumed_samples)
+        steps = 1 if size < training.global_batch_size else -(-(num_samples - consumed_samples) // size)
+        num_steps, consumed_samples = num_steps + steps, consumed_samples + steps * size
+    return num_steps
+
+
 def total_samples(training: TrainingConfig, *, step: int = 0, consumed_samples: int = 0) -> int:
     """Samples that have been consumed when the run ends."""
     stages = batch_stages(training, step=step, consumed_samples=consumed_samples)

@@ -59,6 +59,8 @@ class SourceConfig(Section):
     with budgets are those of the budgets; how much is drawn is up to ``training.train_steps``."""
     max_epochs: PositiveFloat | None = None
     """A run that would draw more passes over this source than this is refused before its first step."""
+    epochs: PositiveFloat | None = None
+    """Stage ``sft``: passes over this training source; default ``training.train_epochs``."""
     domain: str | None = Field(None, min_length=1)
     """Validation sources of one domain are also measured together, over the tokens of all of them."""
     input: list[str] | None = Field(None, min_length=1)

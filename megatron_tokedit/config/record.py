@@ -22,7 +22,7 @@ def resolve(config: RunConfig, *, vocab_size: int) -> RunConfig:
         vocab_size: the tokenizer's vocabulary size.
     """
     schedule, data = config.schedule, config.data
-    decay = schedule.decay or run_length(schedule, config.training, config.model.seq_length)
+    decay = schedule.decay or run_length(schedule, config.training, config.model.seq_length) or None
     return config.model_copy(
         update={
             "model": config.model.resolved(vocab_size),

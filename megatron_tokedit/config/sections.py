@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt
 from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.data import DataConfig, SourceConfig, TokenizerConfig
 from megatron_tokedit.config.model import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_tokedit.config.sft import SftConfig
 from megatron_tokedit.config.slurm import SlurmConfig
 from megatron_tokedit.config.training import (
     CheckpointConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "ScheduleConfig",
+    "SftConfig",
     "SlurmConfig",
     "SourceConfig",
     "TokenizerConfig",
@@ -47,8 +49,9 @@ __all__ = [
 class RunConfig(Section):
     """A whole training run."""
 
-    stage: Literal["pretrain", "continue"] = "pretrain"
-    """``continue`` starts from the weights of another run (``init_from``) with its own data and schedule."""
+    stage: Literal["pretrain", "continue", "sft"] = "pretrain"
+    """``continue`` starts from the weights of another run (``init_from``) with its own data and schedule;
+    ``sft`` does so with conversations, of which the responses are learned."""
     init_from: InitFromConfig | None = None
     run_dir: str = Field(min_length=1)
     """Folder of checkpoints, logs and the resolved config."""
@@ -61,6 +64,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
     data: DataConfig
+    sft: SftConfig = SftConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()

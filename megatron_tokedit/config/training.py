@@ -78,7 +78,12 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """How much is trained, in what batches."""
 
-    train_steps: PositiveInt
+    train_steps: NonNegativeInt = 0
+    """Needed; but in stage ``sft`` the epochs may be given instead: then 0 until the data are read, and so
+    many as they come to from then on."""
+    train_epochs: PositiveFloat | None = None
+    """Stage ``sft``: passes over every source that has no ``epochs`` of its own. The last step is as large as
+    what is left for it."""
     micro_batch_size: PositiveInt = 1
     global_batch_size: PositiveInt
     """Sequences a step over all data-parallel ranks; the rest is gradient accumulation."""
@@ -115,7 +120,7 @@ class CheckpointConfig(Section):
 
 
 class InitFromConfig(Section):
-    """Where a run of stage ``continue`` takes its weights from; its data, steps and schedule are its own."""
+    """Where a run of stage ``continue`` or ``sft`` takes its weights from; all else is its own."""
 
     checkpoint: str = Field(min_length=1)
     """A run folder, its ``checkpoints`` folder, or one step's folder."""

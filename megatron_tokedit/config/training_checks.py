@@ -41,7 +41,7 @@ def _schedule_unit(schedule: ScheduleConfig) -> Iterator[Fault]:
 
 def _schedule(schedule: ScheduleConfig, training: TrainingConfig, model: ModelConfig) -> Iterator[Fault]:
     """Warm-up and a WSD schedule's decay fit before the end of the decay."""
-    if not _ramps_up_soundly(training):
+    if not training.train_steps or not _ramps_up_soundly(training):
         return
     unit = schedule.unit
     end = schedule.decay or run_length(schedule, training, model.seq_length)
@@ -161,13 +161,14 @@ def _checkpoints(checkpoint: CheckpointConfig) -> Iterator[Fault]:
 
 
 def _stage(stage: str, init_from: InitFromConfig | None) -> Iterator[Fault]:
-    if stage == "continue" and init_from is None:
+    if stage != "pretrain" and init_from is None:
         yield Fault(
-            ("init_from",), "missing: stage continue starts from a checkpoint; give init_from.checkpoint"
+            ("init_from",), f"missing: stage {stage} starts from a checkpoint; give init_from.checkpoint"
         )
     if stage == "pretrain" and init_from is not None:
         yield Fault(
-            ("init_from",), "stage pretrain starts from fresh weights; set stage: continue, or leave it out"
+            ("init_from",),
+            "stage pretrain starts from fresh weights; set stage: continue or sft, or leave it out",
         )
 
 

@@ -11,7 +11,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tokedit.config import data_checks, model_checks, precision_checks, slurm_checks, training_checks
+from megatron_tokedit.config import (
+    data_checks,
+    model_checks,
+    precision_checks,
+    sft_checks,
+    slurm_checks,
+    training_checks,
+)
 from megatron_tokedit.config.faults import Fault, raise_faults
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.config.training import TrainingConfig
@@ -21,6 +28,7 @@ _CHECKS = (
     *precision_checks.CHECKS,
     *training_checks.CHECKS,
     *data_checks.CHECKS,
+    *sft_checks.CHECKS,
     *slurm_checks.CHECKS,
 )
 

@@ -11,6 +11,7 @@ from megatron_tokedit.dataset.format import best_dtype
 from megatron_tokedit.dataset.journal import Journal, JournalWriter, NoEdits, merge_journals
 from megatron_tokedit.dataset.journal_format import CHANGED, DROPPED, INSERTED, JournalEntries
 from megatron_tokedit.dataset.manifest import (
+    ConversationRecord,
     InputRecord,
     Manifest,
     TokenizerRecord,
@@ -32,6 +33,7 @@ __all__ = [
     "DROPPED",
     "INSERTED",
     "AtomicFile",
+    "ConversationRecord",
     "DatasetSummary",
     "IndexedDataset",
     "IndexedDatasetWriter",

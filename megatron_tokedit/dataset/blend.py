@@ -1,4 +1,5 @@
-"""From the sources of a training configuration to datasets of megatron-core's ``GPTDataset``.
+"""From the sources of a training configuration to its samples: megatron-core's ``GPTDataset``, or rows of
+conversations.
 
 Invariant: sample ``n`` of a run is fixed by the sources, their weights and the seed: neither the number of
 ranks, nor the number of steps, nor how often the run was interrupted has an influence; a single source's
@@ -20,11 +21,12 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_tokedit.config.sections import DataConfig, TrainingConfig
+from megatron_tokedit.config.sections import DataConfig, SftConfig, TrainingConfig
 from megatron_tokedit.dataset.blend_plan import refuse_beyond_cap
 from megatron_tokedit.dataset.blend_state import BlendState, resume_blend
 from megatron_tokedit.dataset.index_cache import BlendOrder, IndexCache
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
+from megatron_tokedit.dataset.sft import ConversationRows, RowIndex
 from megatron_tokedit.dataset.sources import SourceInfo, prefix_of
 from megatron_tokedit.errors import ConfigError
 from megatron_tokedit.log import get_logger
@@ -39,11 +41,12 @@ _OPEN_EPOCHS = 2
 
 @dataclass(frozen=True, slots=True)
 class SampleLocation:
-    """Where a sample of a run comes from."""
+    """Where a sample of a run comes from; a row of conversations also from which documents of the source."""
 
     source: str
     epoch: int
     sample_in_epoch: int
+    documents: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.source}, epoch {self.epoch}, sample {self.sample_in_epoch}"
@@ -62,7 +65,7 @@ class TrainBlend(torch.utils.data.Dataset[dict[str, Any]]):
         infos: Mapping[str, SourceInfo],
         num_samples: int,
         order: BlendOrder | None,
-        open_epoch: Callable[[SourceInfo, int], GPTDataset],
+        open_epoch: Callable[[SourceInfo, int], GPTDataset | ConversationRows],
     ) -> None:
         """Take the parts; :func:`build_datasets` makes them.
 
@@ -79,7 +82,7 @@ class TrainBlend(torch.utils.data.Dataset[dict[str, Any]]):
         self._names = list(state.shares)
         self._infos = [infos[name] for name in self._names]
         self._open_epoch = open_epoch
-        self._open: dict[tuple[int, int], GPTDataset] = {}
+        self._open: dict[tuple[int, int], GPTDataset | ConversationRows] = {}
 
     def __len__(self) -> int:
         return self._num_samples
@@ -93,7 +96,29 @@ class TrainBlend(torch.utils.data.Dataset[dict[str, Any]]):
     def locate(self, sample: int) -> SampleLocation:
         """Where ``sample`` comes from, without reading it."""
         number, drawn = self._draw(sample)
-        return SampleLocation(self._names[number], *divmod(drawn, self._infos[number].num_samples))
+        epoch, row = divmod(drawn, self._infos[number].num_samples)
+        documents: tuple[int, ...] = ()
+        if self._infos[number].conversations:
+            rows = self._epoch(number, epoch)
+            assert isinstance(rows, ConversationRows), "conversations come in rows"
+            documents = rows.documents(row)
+        return SampleLocation(self._names[number], epoch, row, documents)
+
+    def num_positions(self, first: int, end: int) -> int:
+        """Positions of the samples from ``first`` to ``end`` that are not padding; those past the last have
+        none.
+        """
+        total = 0
+        for sample in range(first, min(end, self._num_samples)):
+            number, drawn = self._draw(sample)
+            epoch, row = divmod(drawn, self._infos[number].num_samples)
+            rows = self._epoch(number, epoch)
+            total += (
+                rows.num_positions(row)
+                if isinstance(rows, ConversationRows)
+                else self._infos[number].seq_length
+            )
+        return total
 
     def counters_at(self, sample: int) -> dict[str, int]:
         """Samples drawn from each source before ``sample``; sources that are gone keep theirs."""
@@ -140,7 +165,7 @@ class TrainBlend(torch.utils.data.Dataset[dict[str, Any]]):
             offset, width = start, width * 4
         return 0
 
-    def _epoch(self, number: int, epoch: int) -> GPTDataset:
+    def _epoch(self, number: int, epoch: int) -> GPTDataset | ConversationRows:
         """An epoch's dataset; the last few of a source stay open."""
         if (number, epoch) not in self._open:
             mine = [key for key in self._open if key[0] == number]
@@ -155,7 +180,7 @@ class Datasets:
     """The datasets of a run: ``train`` under the run's sample numbers, validation one epoch each."""
 
     train: TrainBlend
-    validation: dict[str, GPTDataset]
+    validation: dict[str, GPTDataset | ConversationRows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +213,7 @@ def build_datasets(
     blend_state: BlendState | None = None,
     start_sample: int | None = None,
     training: TrainingConfig | None = None,
+    sft: SftConfig | None = None,
 ) -> Datasets:
     """Build, or load from the cache, the datasets of a run.
 
@@ -206,6 +232,7 @@ def build_datasets(
         start_sample: first sample that this start of the run reads; epochs that lie before it are not
             indexed. Default: the first of ``blend_state``.
         training: to name the largest ``train_steps`` where a source has ``max_epochs``.
+        sft: of a run of stage ``sft``, whose samples are rows of conversations.
 
     Raises:
         DataFormatError: rank 0 could not build or write the indexes, or a rank does not see them.
@@ -214,11 +241,10 @@ def build_datasets(
     """
     state = _with_seed(blend_state or resume_blend(None, 0, data, infos)[0], seed)
     first = state.start_sample if start_sample is None else start_sample
-    config = _dataset_config(data, seq_length, seed, tokenizer_spec)
     by_name = {source.name: infos[prefix_of(source)] for source in data.train}
 
     def build() -> Datasets:
-        cache = IndexCache(Path(cache_dir), config)
+        cache = _open_cache(Path(cache_dir), data, seq_length, seed, tokenizer_spec, sft)
         blend = _open_blend(cache, state, by_name, num_train_samples)
         refuse_beyond_cap(data, by_name, blend, training)
         _ensure_epochs(cache, blend, by_name, first)
@@ -248,6 +274,20 @@ def _with_seed(state: BlendState, seed: int) -> BlendState:
     return replace(state, seed=seed)
 
 
+def _open_cache(
+    directory: Path,
+    data: DataConfig,
+    seq_length: int,
+    seed: int,
+    tokenizer_spec: Mapping[str, Any],
+    sft: SftConfig | None,
+) -> IndexCache | RowIndex:
+    """The indexes of documents, or of conversations."""
+    if sft is not None:
+        return RowIndex(directory, row_length=seq_length, seed=seed, sft=sft)
+    return IndexCache(directory, _dataset_config(data, seq_length, seed, tokenizer_spec))
+
+
 def _dataset_config(
     data: DataConfig, seq_length: int, seed: int, tokenizer_spec: Mapping[str, Any]
 ) -> GPTDatasetConfig:
@@ -268,7 +308,7 @@ def _dataset_config(
 
 
 def _open_blend(
-    cache: IndexCache, state: BlendState, infos: Mapping[str, SourceInfo], num_samples: int
+    cache: IndexCache | RowIndex, state: BlendState, infos: Mapping[str, SourceInfo], num_samples: int
 ) -> TrainBlend:
     order = None
     if len(state.shares) > 1:
@@ -278,7 +318,7 @@ def _open_blend(
 
 
 def _ensure_epochs(
-    cache: IndexCache, blend: TrainBlend, infos: Mapping[str, SourceInfo], start_sample: int
+    cache: IndexCache | RowIndex, blend: TrainBlend, infos: Mapping[str, SourceInfo], start_sample: int
 ) -> None:
     """Have the indexes of all epochs that are read from ``start_sample`` on."""
     started, built = time.perf_counter(), 0

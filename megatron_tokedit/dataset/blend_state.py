@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from megatron_tokedit.config.sections import DataConfig
-from megatron_tokedit.dataset.index_cache import blend_order
 from megatron_tokedit.dataset.sources import SourceInfo, asked_shares, prefix_of
 from megatron_tokedit.errors import CheckpointError, ConfigError, DataFormatError
 
@@ -99,6 +98,8 @@ class BlendState:
             raise ValueError(f"sample {sample} is before this stretch, which starts at {self.start_sample}")
         drawn = [num_samples]
         if len(self.shares) > 1:
+            from megatron_tokedit.dataset.index_cache import blend_order  # imports torch
+
             sources_N, _ = blend_order([*self.shares.values()], num_samples)
             drawn = np.bincount(sources_N, minlength=len(self.shares)).tolist()
         counts = dict(zip(self.shares, drawn, strict=True))
@@ -111,6 +112,22 @@ class BlendState:
             name: before + self.shares.get(name, 0.0) * num_samples for name, before in self.counters.items()
         }
 
+    def budgets_end(self, infos: Mapping[str, SourceInfo]) -> int:
+        """One past the sample that uses up all budgets; of epochs the last sample of the run.
+
+        The blend's order gives every source exactly its budget by then: megatron-core draws from a source
+        only while it is behind its share, so that at the end none can be ahead.
+
+        Args:
+            infos: of the sources, by name.
+        """
+        left = (
+            self.asked[name] / infos[name].seq_length - self.counters[name]
+            for name in self.shares
+            if name in self.asked
+        )
+        return self.start_sample + round(sum(left))
+
 
 def resume_blend(
     recorded: BlendState | None,
@@ -119,6 +136,7 @@ def resume_blend(
     infos: Mapping[str, SourceInfo],
     *,
     drawn: Mapping[str, int] | None = None,
+    train_epochs: float | None = None,
 ) -> tuple[BlendState, list[str]]:
     """The stretch of the samples from ``consumed_samples`` on, and what is different about it.
 
@@ -134,6 +152,7 @@ def resume_blend(
         infos: of the sources, by prefix.
         drawn: source -> samples drawn before ``consumed_samples``, as the checkpoint says; else they are
             counted draw by draw.
+        train_epochs: of stage ``sft``.
 
     Returns:
         The state, and the changes in words (empty where nothing has changed).
@@ -142,7 +161,7 @@ def resume_blend(
         DataFormatError: a source's content changed under its name.
         ConfigError: no budget is left.
     """
-    asked, by_tokens = asked_shares(data)
+    asked, by_tokens = asked_shares(data, infos, train_epochs)
     by_name = {source.name: infos[prefix_of(source)] for source in data.train}
     identities = {name: info.identity for name, info in by_name.items()}
     if recorded is None:
@@ -155,7 +174,8 @@ def resume_blend(
     if _same_blend(recorded, asked, by_tokens):
         return recorded, []
     counters, known, changes = _carried_over(recorded, consumed_samples, identities, drawn)
-    changes += _changed_shares(recorded, asked, by_tokens)
+    rows = {name: info.seq_length for name, info in by_name.items() if info.conversations}
+    changes += _changed_shares(recorded, asked, by_tokens, rows)
     wanted = dict(asked)
     if by_tokens:
         wanted, used_up = _remaining(asked, counters, {name: by_name[name].seq_length for name in asked})
@@ -226,11 +246,20 @@ def _carried_over(
     return reached, content, changes
 
 
-def _changed_shares(recorded: BlendState, asked: Mapping[str, float], by_tokens: bool) -> Iterator[str]:
-    old, new = ("token budget" if tokens else "weight" for tokens in (recorded.by_tokens, by_tokens))
+def _changed_shares(
+    recorded: BlendState, asked: Mapping[str, float], by_tokens: bool, row_lengths: Mapping[str, int]
+) -> Iterator[str]:
+    """Sources whose weight or budget is another; epochs of conversations are spoken of as rows."""
+
+    def in_words(name: str, value: float, is_budget: bool) -> str:
+        if is_budget and name in row_lengths:
+            return f"{value / row_lengths[name]:,g} rows"
+        return f"{'token budget' if is_budget else 'weight'} {value:,g}"
+
     for name, value in asked.items():
-        if name in recorded.asked and (recorded.asked[name], old) != (value, new):
-            yield f"source {name}: {old} {recorded.asked[name]:,g}, now {new} {value:,g}"
+        if name in recorded.asked and (recorded.asked[name], recorded.by_tokens) != (value, by_tokens):
+            old = in_words(name, recorded.asked[name], recorded.by_tokens)
+            yield f"source {name}: {old}, now {in_words(name, value, by_tokens)}"
 
 
 def _remaining(
@@ -245,8 +274,8 @@ def _remaining(
     used_up = [name for name, tokens in left.items() if tokens < seq_lengths[name]]
     if len(used_up) == len(left):
         raise ConfigError(
-            f"data.train: the token budgets of all sources ({', '.join(used_up)}) are used up; raise one, or "
-            f"lower training.train_steps to where the run is"
+            f"data.train: the budgets of all sources ({', '.join(used_up)}) are used up; raise one (or its "
+            f"epochs), or lower training.train_steps to where the run is"
         )
     changes = [f"source {name}: its budget is used up, it is not drawn from any more" for name in used_up]
     return {name: tokens for name, tokens in left.items() if name not in used_up}, changes

@@ -64,22 +64,11 @@ def _core_version() -> str:
     return version("megatron-core")
 
 
-class IndexCache:
+class IndexFolders:
     """One folder an index, named by a hash of what the index depends on; a folder that exists is complete."""
 
-    def __init__(self, directory: Path, config: GPTDatasetConfig) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = config
-        self._open: dict[str, tuple[IndexedDataset, npt.NDArray[np.int32]]] = {}
-
-    def ensure_epoch(self, info: SourceInfo, epoch: int, split: Split) -> bool:
-        """Have the index of one epoch of a dataset in the cache; whether it had to be built."""
-        return self._ensure(*self._epoch(info, epoch, split))[1]
-
-    def epoch(self, info: SourceInfo, epoch: int, split: Split) -> GPTDataset:
-        """All samples of one epoch of a dataset; its index is in the cache or gets built."""
-        description, make = self._epoch(info, epoch, split)
-        return make(self._ensure(description, make)[0])
 
     def order(self, shares: Sequence[float], num_samples: int) -> BlendOrder:
         """:func:`blend_order`, from the cache."""
@@ -89,33 +78,10 @@ class IndexCache:
             np.save(folder / "sources.npy", sources_N)
             np.save(folder / "earlier.npy", earlier_N)
 
-        folder, _ = self._ensure(["blend", list(shares), num_samples], make)
+        folder, _ = self.ensure(["blend", list(shares), num_samples], make)
         return np.load(folder / "sources.npy", mmap_mode="r"), np.load(folder / "earlier.npy", mmap_mode="r")
 
-    def _epoch(
-        self, info: SourceInfo, epoch: int, split: Split
-    ) -> tuple[list[Any], Callable[[Path], GPTDataset]]:
-        """What the index of an epoch depends on, and how to make (or load) it in a folder."""
-        config = self.config
-        seed = epoch_seed(config.random_seed, epoch)
-
-        def make(folder: Path) -> GPTDataset:
-            sequences, numbers = self._sequences(info)
-            settings = dataclasses.replace(config, random_seed=seed, path_to_cache=str(folder))
-            return GPTDataset(sequences, info.identity, numbers, None, split, settings)
-
-        ids = config.tokenizer.unique_identifiers
-        return [info.identity, seed, config.sequence_length, ids, split.name], make
-
-    def _sequences(self, info: SourceInfo) -> tuple[IndexedDataset, npt.NDArray[np.int32]]:
-        """A dataset's memory maps and the numbers of its sequences, shared by its epochs."""
-        if info.prefix not in self._open:
-            sequences = GPTDataset.build_low_level_dataset(info.prefix, self.config)
-            numbers = np.arange(sequences.sequence_lengths.shape[0], dtype=np.int32)
-            self._open[info.prefix] = sequences, numbers
-        return self._open[info.prefix]
-
-    def _ensure(self, description: list[Any], make: Callable[[Path], object]) -> tuple[Path, bool]:
+    def ensure(self, description: list[Any], make: Callable[[Path], object]) -> tuple[Path, bool]:
         """The folder of an index, and whether it was built now."""
         text = json.dumps([_core_version(), description])
         folder = self.directory / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -157,3 +123,44 @@ class IndexCache:
             with suppress(FileNotFoundError):  # another job was faster
                 if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+class IndexCache(IndexFolders):
+    """The indexes of megatron-core's ``GPTDataset``."""
+
+    def __init__(self, directory: Path, config: GPTDatasetConfig) -> None:
+        super().__init__(directory)
+        self.config = config
+        self._open: dict[str, tuple[IndexedDataset, npt.NDArray[np.int32]]] = {}
+
+    def ensure_epoch(self, info: SourceInfo, epoch: int, split: Split = Split.train) -> bool:
+        """Have the index of one epoch of a dataset in the cache; whether it had to be built."""
+        return self.ensure(*self._epoch(info, epoch, split))[1]
+
+    def epoch(self, info: SourceInfo, epoch: int, split: Split = Split.train) -> GPTDataset:
+        """All samples of one epoch of a dataset; its index is in the cache or gets built."""
+        description, make = self._epoch(info, epoch, split)
+        return make(self.ensure(description, make)[0])
+
+    def _epoch(
+        self, info: SourceInfo, epoch: int, split: Split
+    ) -> tuple[list[Any], Callable[[Path], GPTDataset]]:
+        """What the index of an epoch depends on, and how to make (or load) it in a folder."""
+        config = self.config
+        seed = epoch_seed(config.random_seed, epoch)
+
+        def make(folder: Path) -> GPTDataset:
+            sequences, numbers = self._sequences(info)
+            settings = dataclasses.replace(config, random_seed=seed, path_to_cache=str(folder))
+            return GPTDataset(sequences, info.identity, numbers, None, split, settings)
+
+        ids = config.tokenizer.unique_identifiers
+        return [info.identity, seed, config.sequence_length, ids, split.name], make
+
+    def _sequences(self, info: SourceInfo) -> tuple[IndexedDataset, npt.NDArray[np.int32]]:
+        """A dataset's memory maps and the numbers of its sequences, shared by its epochs."""
+        if info.prefix not in self._open:
+            sequences = GPTDataset.build_low_level_dataset(info.prefix, self.config)
+            numbers = np.arange(sequences.sequence_lengths.shape[0], dtype=np.int32)
+            self._open[info.prefix] = sequences, numbers
+        return self._open[info.prefix]

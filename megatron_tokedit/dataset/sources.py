@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tokedit.config.raw_sources import preprocessing_of
-from megatron_tokedit.config.sections import DataConfig, RunConfig, SourceConfig
+from megatron_tokedit.config.sections import DataConfig, RunConfig, SftConfig, SourceConfig
 from megatron_tokedit.dataset.atomic import sha256_of_file
+from megatron_tokedit.dataset.conversations import ConversationCounts, count_conversations
+from megatron_tokedit.dataset.loss_mask import loss_mask_prefix
 from megatron_tokedit.dataset.manifest import Manifest, check_compatible, read_manifest
 from megatron_tokedit.dataset.reader import IndexedDataset
+from megatron_tokedit.dataset.source_table import aligned, conversation_table
 from megatron_tokedit.errors import ConfigError, DataFormatError, TokeditError
 from megatron_tokedit.log import get_logger
 
@@ -42,6 +45,7 @@ class SourceInfo:
         num_tokens: tokens in it.
         identity: what indexes over it are keyed by; changes with its content.
         seq_length: tokens of a sample.
+        conversations: what there is to learn in stage ``sft``; None in the other stages.
     """
 
     prefix: str
@@ -49,10 +53,13 @@ class SourceInfo:
     num_tokens: int
     identity: str
     seq_length: int
+    conversations: ConversationCounts | None = None
 
     @property
     def num_samples(self) -> int:
-        """Training samples in one epoch; the tokens that do not fill one are left out."""
+        """Training samples in one epoch: rows of conversations, or as many as the tokens fill."""
+        if self.conversations is not None:
+            return self.conversations.num_rows
         return (self.num_tokens - 1) // self.seq_length
 
 
@@ -69,6 +76,7 @@ class SourceShare:
         drawn_before_tokens: of them before this start of the run.
         budget_tokens: its token budget.
         max_epochs: its cap.
+        conversations: what there is to learn in stage ``sft``.
     """
 
     name: str
@@ -79,10 +87,13 @@ class SourceShare:
     drawn_before_tokens: int = 0
     budget_tokens: int | None = None
     max_epochs: float | None = None
+    conversations: ConversationCounts | None = None
 
     @property
     def epochs(self) -> float:
         """Passes over the source."""
+        if self.conversations is not None:
+            return self.drawn_tokens / (self.conversations.num_rows * self.conversations.row_length)
         return self.drawn_tokens / self.num_tokens
 
 
@@ -100,8 +111,26 @@ def prefix_of(source: SourceConfig) -> str:
     return source.prefix
 
 
-def asked_shares(data: DataConfig) -> tuple[dict[str, float], bool]:
-    """Weight or token budget of every training source by name, and whether they are budgets."""
+def asked_shares(
+    data: DataConfig, infos: Mapping[str, SourceInfo] | None = None, train_epochs: float | None = None
+) -> tuple[dict[str, float], bool]:
+    """Weight or token budget of every training source by name, and whether they are budgets.
+
+    In stage ``sft``, where ``infos`` (by prefix) hold conversations, epochs are budgets of whole rows, and
+    without epochs and weights every conversation is drawn equally often. Sources that are not in ``infos``
+    are left out there.
+    """
+    known = {source.name: (infos or {}).get(source.prefix or "") for source in data.train}
+    rows = {name: info.num_samples for name, info in known.items() if info and info.conversations}
+    if rows and not any(source.weight for source in data.train):
+        epochs = {source.name: source.epochs or train_epochs for source in data.train}
+        row_lengths = {name: info.seq_length for name, info in known.items() if info}
+        if not any(epochs.values()):
+            return {name: float(count) for name, count in rows.items()}, False
+        return {
+            name: float(max(1, round((epochs[name] or 1.0) * count)) * row_lengths[name])
+            for name, count in rows.items()
+        }, True
     by_tokens = any(source.tokens is not None for source in data.train)
     return {
         source.name: float((source.tokens if by_tokens else source.weight) or 1.0) for source in data.train
@@ -140,7 +169,12 @@ def missing_sources(config: RunConfig) -> list[SourceConfig]:
 
 
 def inspect_sources(
-    data: DataConfig, *, tokenizer_spec: Mapping[str, Any], seq_length: int, require_all: bool = True
+    data: DataConfig,
+    *,
+    tokenizer_spec: Mapping[str, Any],
+    seq_length: int,
+    require_all: bool = True,
+    sft: SftConfig | None = None,
 ) -> dict[str, SourceInfo]:
     """Read the headers of all sources and check them against the tokenizer.
 
@@ -149,12 +183,14 @@ def inspect_sources(
         tokenizer_spec: of the run's tokenizer (``vocab_size`` and ``fingerprint`` count).
         seq_length: tokens a sample; a source must hold at least one more.
         require_all: without it, a source that has raw ``input`` may still be missing and is left out.
+        sft: of a run of stage ``sft``, whose sources are conversations; None in the other stages.
 
     Returns:
         By prefix.
 
     Raises:
-        DataFormatError: lists every source that is missing, damaged, too small, or of another tokenizer.
+        DataFormatError: lists every source that is missing, damaged, too small, or of another tokenizer; or
+            that has conversations which cannot be learned from.
     """
     infos: dict[str, SourceInfo] = {}
     faults = []
@@ -162,7 +198,7 @@ def inspect_sources(
         if not require_all and source.input is not None and not dataset_exists(source.prefix):
             continue
         try:
-            infos[prefix_of(source)] = _inspect(prefix_of(source), tokenizer_spec, seq_length)
+            infos[prefix_of(source)] = _inspect(prefix_of(source), tokenizer_spec, seq_length, sft)
         except TokeditError as error:
             faults.append(f"{place} ({source.name}): {error}")
     if faults:
@@ -170,7 +206,9 @@ def inspect_sources(
     return infos
 
 
-def _inspect(prefix: str, tokenizer_spec: Mapping[str, Any], seq_length: int) -> SourceInfo:
+def _inspect(
+    prefix: str, tokenizer_spec: Mapping[str, Any], seq_length: int, sft: SftConfig | None
+) -> SourceInfo:
     if not dataset_exists(prefix):
         raise DataFormatError(
             f"{prefix}.bin and .idx are not there; make them with tools/preprocess_edit.py, or give the "
@@ -191,14 +229,17 @@ def _inspect(prefix: str, tokenizer_spec: Mapping[str, Any], seq_length: int) ->
             tokenizer_fingerprint=tokenizer_spec["fingerprint"],
             vocab_size=tokenizer_spec["vocab_size"],
         )
+    identity = _identity(prefix, manifest)
+    if sft is not None:
+        counts = count_conversations(dataset, seq_length, sft)
+        identity += f":{_identity(loss_mask_prefix(prefix), None)}"
+        return SourceInfo(prefix, dataset.num_documents, dataset.num_tokens, identity, seq_length, counts)
     if dataset.num_tokens <= seq_length:
         raise DataFormatError(
             f"{prefix} holds {dataset.num_tokens} tokens, one sample needs model.seq_length + 1 = "
             f"{seq_length + 1}"
         )
-    return SourceInfo(
-        prefix, dataset.num_documents, dataset.num_tokens, _identity(prefix, manifest), seq_length
-    )
+    return SourceInfo(prefix, dataset.num_documents, dataset.num_tokens, identity, seq_length)
 
 
 def _identity(prefix: str, manifest: Manifest | None) -> str:
@@ -239,6 +280,7 @@ def source_shares(
     seq_length: int,
     state: BlendState | None = None,
     start_sample: int = 0,
+    train_epochs: float | None = None,
 ) -> list[SourceShare]:
     """What a run draws from each training source that is in ``infos``.
 
@@ -249,8 +291,9 @@ def source_shares(
         seq_length: tokens of a sequence.
         state: from ``resume_blend``, where the run has begun.
         start_sample: sequences that were drawn before.
+        train_epochs: of stage ``sft``.
     """
-    asked, _ = asked_shares(data)
+    asked, _ = asked_shares(data, infos, train_epochs)
     total = sum(asked.values())
     shares = {name: value / total for name, value in asked.items()}
     before = dict.fromkeys(asked, 0.0)
@@ -271,6 +314,7 @@ def source_shares(
                     drawn_before_tokens=round(before[source.name]) * seq_length,
                     budget_tokens=source.tokens,
                     max_epochs=source.max_epochs,
+                    conversations=info.conversations,
                 )
             )
     return found
@@ -278,6 +322,8 @@ def source_shares(
 
 def format_shares(shares: Sequence[SourceShare]) -> list[str]:
     """The table that is shown before step 1, as lines; columns that say nothing are left out."""
+    if conversations := [(share, share.conversations) for share in shares if share.conversations]:
+        return conversation_table(conversations)
     columns: list[tuple[str, list[str]]] = [
         ("source", [share.name for share in shares]),
         ("documents", [f"{share.num_documents:,}" for share in shares]),
@@ -294,15 +340,7 @@ def format_shares(shares: Sequence[SourceShare]) -> list[str]:
         columns.append(
             ("at most", [f"{share.max_epochs:g}" if share.max_epochs else "-" for share in shares])
         )
-    widths = [max(len(cell) for cell in (title, *cells)) for title, cells in columns]
-    rows = [[title for title, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ] + _budget_lines(shares)
+    return aligned(columns) + _budget_lines(shares)
 
 
 def _budget_lines(shares: Sequence[SourceShare]) -> list[str]:

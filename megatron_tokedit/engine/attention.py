@@ -7,8 +7,11 @@ faster there.
 Invariant: the same numbers as ``DotProductAttention`` (up to float rounding), the same constructor, and the
 same [s, b, h] layout, so that it takes its place in a layer spec.
 
-Legend: s positions, b rows, n heads of this tensor-parallel rank, g key/value heads of this rank, d size of
-a head.
+Packed rows are attended to one sequence at a time: no work is done, and nothing is kept, for pairs of
+positions that must not see each other.
+
+Legend: s positions, t those of all sequences of a packed row, b rows, n heads of this tensor-parallel rank,
+g key/value heads of this rank, d size of a head.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tokedit.engine.cpu_kernels import MAX_BLOCKED_POSITIONS, BlockedCausalAttention
+from megatron_tokedit.engine.packing import PackedRow
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -64,28 +68,41 @@ class SdpaCoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: ``[s, b, n, d]``.
-            key: ``[s, b, g, d]``.
-            value: ``[s, b, g, d]``.
+            query: ``[s, b, n, d]``; of a packed row ``[t, n, d]``.
+            key: ``[s, b, g, d]`` or ``[t, g, d]``.
+            value: as ``key``.
             attention_mask: bool ``[b or 1, 1, s, s]``, True where attention is forbidden (megatron-core's
                 convention; causality included), or None for the plain causal mask.
             attn_mask_type: unused; always causal.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: a :class:`PackedRow`, or None.
 
         Returns:
-            ``[s, b, n * d]``, contiguous.
+            ``[s, b, n * d]``, contiguous; of a packed row ``[t, n * d]``.
         """
         assert attention_bias is None, "no attention bias in the layer spec"
-        assert packed_seq_params is None, "packed sequences need Transformer Engine's attention"
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, PackedRow), "a row from engine.packing"
+            assert attention_mask is None, "a packed row has its borders, and no mask"
+            return self._packed(query, key, value, packed_seq_params.lengths)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n or g, s, d]
+        context = self._attend(query, key, value, attention_mask)
+        return context.permute(2, 0, 1, 3).reshape(context.size(2), context.size(0), -1)  # [s, b, n * d]
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """``[t, n or g, d]`` -> ``[t, n * d]``, sequence by sequence."""
+        sequences = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        contexts = [self._attend(q[None], k[None], v[None], None) for q, k, v in sequences]  # [1, n, s, d]
+        return torch.cat(contexts, dim=2)[0].transpose(0, 1).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """``[b, n or g, s, d]`` -> ``[b, n, s, d]``."""
         dropout = self.dropout if self.training else 0.0
         is_plain = attention_mask is None and dropout == 0.0 and query.device.type == "cpu"
         if self.keeps_probabilities and is_plain and query.size(2) <= MAX_BLOCKED_POSITIONS:
-            context = BlockedCausalAttention.apply(query, key, value, self.softmax_scale)
-        else:
-            context = self._sdpa(query, key, value, attention_mask, dropout)
-        return context.permute(2, 0, 1, 3).reshape(context.size(2), context.size(0), -1)  # [s, b, n * d]
+            context: Tensor = BlockedCausalAttention.apply(query, key, value, self.softmax_scale)
+            return context
+        return self._sdpa(query, key, value, attention_mask, dropout)
 
     def _sdpa(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float

@@ -45,6 +45,7 @@ __all__ = [
 OLDEST_TRANSFORMER_ENGINE, FIRST_UNKNOWN_TRANSFORMER_ENGINE = (2, 9), (2, 12)
 """megatron-core 0.16 takes the versions in between."""
 OLDEST_BF16_CAPABILITY = (8, 0)
+FIRST_CUDNN_PACKED_CAPABILITY = (9, 0)
 _NO_CUDA = "'cuda' was asked for, but torch finds no CUDA device; use 'auto' or 'cpu'"
 
 
@@ -190,9 +191,33 @@ def section_faults(sections: Mapping[str, Any], found: Probe) -> list[Fault]:
     if precision is None or parallel is None or device == "cpu":  # checked against cpu without a machine
         return [Fault((), fault) for fault in found.faults]
     faults = setting_faults(precision, found, parallel)
+    faults += _packing_faults(sections, precision, found)
     if device == "cuda" and not found.has_cuda:
         faults.append(Fault(("runtime", "device"), _NO_CUDA))
     return faults
+
+
+def _packing_faults(sections: Mapping[str, Any], precision: PrecisionConfig, found: Probe) -> Iterator[Fault]:
+    """What Transformer Engine's attention over packed rows needs: its slow path, which takes float32 and any
+    GPU, does not take them, and cuDNN's takes them from Hopper on.
+    """
+    packs = sections.get("stage") == "sft" and getattr(sections.get("sft"), "packing", False)
+    if not packs or not found.has_cuda or found.transformer_engine is None:
+        return
+    capability = found.compute_capability
+    is_old = capability is not None and capability < FIRST_CUDNN_PACKED_CAPABILITY
+    if is_old and found.flash_attn is None and not found.is_assumed:
+        yield Fault(
+            ("sft", "packing"),
+            f"true needs the package flash-attn on a GPU before compute capability "
+            f"{dotted(FIRST_CUDNN_PACKED_CAPABILITY)}, and {_gpu(found)}; install it, or set it to false",
+        )
+    if precision.compute_dtype != "bf16":
+        yield Fault(
+            ("precision", "recipe"),
+            f"{precision.recipe}: on a GPU, packed rows of conversations need an attention in bfloat16; use "
+            f"bf16, or set sft.packing: false",
+        )
 
 
 def refuse_faults(precision: PrecisionConfig, parallel: ParallelConfig) -> None:

@@ -26,7 +26,8 @@ from megatron_tokedit.engine.model import gather_parameters
 Batch = Mapping[str, torch.Tensor]
 """A microbatch as megatron-core's ``GPTDataset`` yields it: ``tokens``, ``labels``, ``position_ids`` (int64
 ``[B, T]``), ``loss_mask`` (float32 ``[B, T]``) and, only where documents are masked from each other,
-``attention_mask`` (bool ``[B, 1, T, T]``, True = forbidden). Other keys are ignored."""
+``attention_mask`` (bool ``[B, 1, T, T]``, True = forbidden). Other keys are ignored. In a packed batch every
+position id 0 begins a sequence that neither sees nor is seen by another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +94,21 @@ def _masked_loss(
     return loss_sum, num_tokens.to(torch.int), torch.stack((loss_sum.detach(), num_tokens))
 
 
-def _forward(ctx: ParallelContext) -> Any:
+def _forward(ctx: ParallelContext, packed: bool) -> Any:
     """The ``forward_step_func`` of megatron-core's schedules, for batches on any device.
 
-    Under context parallelism a rank keeps its two pieces of every sequence, as megatron-core cuts them.
+    Under context parallelism a rank keeps its two pieces of every sequence, as megatron-core cuts them. The
+    rows of a packed batch become one; every pipeline stage reads the batch, and finds the borders in it.
     """
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     def forward(batches: Iterator[Batch], module: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
+        more: dict[str, Any] = {}
+        if packed:
+            from megatron_tokedit.engine.packing import flat_rows
+
+            batch, more["packed_seq_params"] = flat_rows(batch, ctx.device)
         on_device = {
             key: batch[key].to(ctx.device, non_blocking=True)
             for key in ("tokens", "labels", "position_ids", "loss_mask", "attention_mask")
@@ -114,6 +121,7 @@ def _forward(ctx: ParallelContext) -> Any:
             on_device["position_ids"],
             on_device.get("attention_mask"),
             labels=on_device["labels"],
+            **more,
         )
 
         def loss_func(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -133,13 +141,17 @@ def _run(
     micro_batch_size: int,
     seq_length: int,
     forward_only: bool,
+    packed: bool,
     votes: Callable[[], Sequence[int]],
 ) -> _Totals:
     """Forward (and backward) over the microbatches; every rank gets the sum over all data-parallel ranks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    if packed:  # what pipeline stages hand to each other is one long row
+        micro_batch_size, seq_length = 1, micro_batch_size * seq_length
+
     losses = get_forward_backward_func()(
-        forward_step_func=_forward(ctx),
+        forward_step_func=_forward(ctx, packed),
         data_iterator=list(itertools.tee(batches, len(model))) if len(model) > 1 else batches,
         model=model,
         num_microbatches=num_microbatches,
@@ -170,6 +182,7 @@ def train_step(
     micro_batch_size: int,
     seq_length: int,
     schedule_increment: int = 1,
+    packed: bool = False,
     votes: Callable[[], Sequence[int]] = tuple,
 ) -> StepResult:
     """One optimizer step. Collective over the world.
@@ -189,6 +202,7 @@ def train_step(
         micro_batch_size: B.
         seq_length: T.
         schedule_increment: what the scheduler is advanced by: 1, or the tokens of the step.
+        packed: rows hold several sequences, see :data:`Batch`.
         votes: asked for this rank's votes after the backward pass, as many on every rank; the sums over the
             ranks come back with the loss, at no further cost.
     """
@@ -203,6 +217,7 @@ def train_step(
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
         forward_only=False,
+        packed=packed,
         votes=votes,
     )
     grad_norm, skipped = _update(optimizer, totals)
@@ -258,6 +273,7 @@ def evaluate_loss(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    packed: bool = False,
     votes: Callable[[], Sequence[int]] = tuple,
     is_gathered: bool = False,
 ) -> LossSum:
@@ -280,6 +296,7 @@ def evaluate_loss(
             micro_batch_size=micro_batch_size,
             seq_length=seq_length,
             forward_only=True,
+            packed=packed,
             votes=votes,
         ).read()
     finally:

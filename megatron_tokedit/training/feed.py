@@ -21,16 +21,26 @@ def full_shape(config: RunConfig, ctx: ParallelContext) -> BatchShape:
     return BatchShape(training.global_batch_size, training.micro_batch_size, ctx.dp_size, ctx.dp_rank)
 
 
+def packs_rows(config: RunConfig) -> bool:
+    """Whether a row of a batch holds several conversations that are kept apart."""
+    return config.stage == "sft" and config.sft.packing
+
+
 class BatchFeed:
     """This rank's microbatches of a run's training samples. Not collective."""
 
     def __init__(self, dataset: Any, config: RunConfig, ctx: ParallelContext) -> None:
         """Read from ``dataset``, whose samples have the run's own numbers."""
         self._dataset, self._config = dataset, config
+        self._num_samples = len(dataset)
         self._pin_memory = ctx.device.type == "cuda"
         self._full = full_shape(config, ctx)
         self._shape: BatchShape | None = None
         self._batches: Iterator[Mapping[str, Any]] = iter(())
+
+    def __len__(self) -> int:
+        """One past the last sample."""
+        return self._num_samples
 
     def at(self, *, step: int, consumed_samples: int) -> tuple[BatchShape, Iterator[Mapping[str, Any]]]:
         """Shape and microbatches of the step after ``step`` steps that consumed ``consumed_samples``.
@@ -45,7 +55,7 @@ class BatchFeed:
                 self._dataset,
                 self._shape,
                 start=consumed_samples,
-                stop=stages[0].end_sample,
+                stop=min(stages[0].end_sample, self._num_samples),
                 vocab_size=self._config.model.vocab_size or 0,
                 num_workers=self._config.data.num_workers,
                 pin_memory=self._pin_memory,

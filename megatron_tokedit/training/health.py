@@ -45,6 +45,10 @@ class Location(Protocol):
     def sample_in_epoch(self) -> int:
         """The sample's number in this epoch."""
 
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """The documents of a row of conversations; none in other stages."""
+
 
 class Blend(Protocol):
     """Training samples by number, as ``TrainBlend``."""
@@ -64,11 +68,15 @@ class Samples:
         self._locate = locate
 
     def by_source(self) -> dict[str, list[int]]:
-        """Sample numbers in ``source, epoch n``."""
+        """Sample numbers in ``source, epoch n``; of conversations ``source, epoch n, documents``."""
         found: dict[str, list[int]] = {}
         for number in self.numbers:
             place = self._locate(number)
-            found.setdefault(f"{place.source}, epoch {place.epoch}", []).append(place.sample_in_epoch)
+            name = f"{place.source}, epoch {place.epoch}"
+            if place.documents:
+                found.setdefault(f"{name}, documents", []).extend(place.documents)
+            else:
+                found.setdefault(name, []).append(place.sample_in_epoch)
         return {name: sorted(samples) for name, samples in sorted(found.items())}
 
     @classmethod

@@ -138,6 +138,8 @@ def step_line(
     rates: Rates,
     skipped_steps: int,
     peak_memory_bytes: int | None = None,
+    response_tokens: int | None = None,
+    filled: float | None = None,
 ) -> str:
     """The readable line of a log interval."""
     parts = [
@@ -148,6 +150,8 @@ def step_line(
         f"{rates.tokens_per_second:,.0f} tokens/s",
         _flops(rates.tflops_per_device),
     ]
+    if response_tokens is not None and filled is not None:
+        parts.append(f"{response_tokens:,} response tokens in rows {filled:.1%} full")
     if rates.mfu is not None:
         parts.append(f"MFU {rates.mfu:.1%}")
     if peak_memory_bytes is not None:

@@ -15,6 +15,7 @@ from megatron_tokedit.config.record import to_mapping
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
 from megatron_tokedit.engine import checkpoint_folder
+from megatron_tokedit.errors import ConfigError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.training.resume import check_continuable, check_resumable
 
@@ -51,6 +52,7 @@ def find_origin(
 
     Raises:
         CheckpointError: it does not fit the model or the tokenizer, or ``init_from`` names no checkpoint.
+        ConfigError: the optimizer of a checkpoint is to be kept that has none.
     """
     found = from_rank_zero(lambda: checkpoint_folder.find_latest(checkpoint_dir))
     initial = config.init_from
@@ -59,6 +61,11 @@ def find_origin(
     folder = str(found or from_rank_zero(lambda: checkpoint_folder.require(initial.checkpoint)))  # type: ignore[union-attr]
     state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
     recorded = checkpoint_folder.read_json(folder, checkpoint_folder.RUN_CONFIG_FILE)
+    if found is None and initial is not None and initial.optimizer == "kept" and "converted_from" in state:
+        raise ConfigError(
+            f"init_from.optimizer: kept, but {folder} was converted from a Hugging Face model and has no "
+            "optimizer state, only weights; set init_from.optimizer: fresh"
+        )
     check = check_continuable if found is None else check_resumable
     changes = check(
         folder,

@@ -7,7 +7,7 @@ not finite is written down before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from megatron_tokedit.dataset.blend import TrainBlend
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.step import StepResult
+from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.log import get_logger
 from megatron_tokedit.training.health import HealthMonitor, Samples
 from megatron_tokedit.training.metrics import MetricsWriter, open_metrics, step_line
@@ -35,6 +36,14 @@ class Progress(Protocol):
 
     def update(self, step: int, loss: float) -> None:
         """``step`` steps are finished; the last one had this loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Positions of a step's rows that hold a token, and all of them."""
+
+    positions: int
+    padded: int
 
 
 class Recorder:
@@ -68,6 +77,7 @@ class Recorder:
             ConfigError: a tracking service cannot be used; on every rank.
         """
         self.config, self.ctx, self.state, self.blend = config, ctx, state, blend
+        self.has_rows = config.stage == "sft"
         self.progress = progress if ctx.rank == 0 else None
         self.throughput = throughput
         self.times = StepTimes(model, ctx, straggler_ratio=config.logging.straggler_ratio)
@@ -82,12 +92,13 @@ class Recorder:
         return self.times.loading(batches)
 
     def step(
-        self, result: StepResult, *, lr: float, seconds: float, shape: BatchShape, is_last: bool
+        self, result: StepResult, *, first: int, lr: float, seconds: float, shape: BatchShape, is_last: bool
     ) -> None:
         """Record the step that ``state`` has just counted. Collective over the world at a log interval.
 
         Args:
             result: of the step.
+            first: its first sample.
             lr: its learning rate.
             seconds: that it took.
             shape: how its batch was cut up.
@@ -95,9 +106,14 @@ class Recorder:
 
         Raises:
             DivergenceError: too many steps in a row were not finite; on every rank.
+            DataFormatError: no token of the step counts in the loss; on every rank.
         """
         step = self.state.step
-        self.throughput.add(seconds=seconds, tokens=result.num_tokens)
+        samples = Samples.of_step(first, self.blend, shape, result.bad_microbatches)
+        if not result.num_tokens:
+            raise DataFormatError(f"step {step}: no token counts in the loss; samples {samples}")
+        fill = self._fill(first, shape) if self.has_rows else None
+        self.throughput.add(seconds=seconds, tokens=fill.positions if fill else result.num_tokens)
         self.times.add(seconds)
         values: dict[str, float | None] = {
             "loss": result.loss,
@@ -105,22 +121,27 @@ class Recorder:
             "lr": lr,
             "skipped": result.skipped,
             "step_seconds": seconds,
-            "tokens_per_second": result.num_tokens / seconds,
+            "tokens_per_second": (fill.positions if fill else result.num_tokens) / seconds,
             "consumed_samples": self.state.consumed_samples,
             "consumed_tokens": self.state.consumed_tokens,
         }
+        if fill:
+            values |= {
+                "response_tokens": result.num_tokens,
+                "packing_efficiency": fill.positions / fill.padded,
+                "padded_tokens_per_second": fill.padded / seconds,
+            }
         if is_last or step % self.config.logging.log_interval_steps == 0:
-            values |= self._interval(result, lr)
+            values |= self._interval(result, lr, fill)
         self.metrics.write("train", step, values)
         if self.progress is not None:
             self.progress.update(step, result.loss)
-        first = self.state.consumed_samples - shape.global_batch_size
         self.health.observe(
             step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             skipped=result.skipped,
-            samples=Samples.of_step(first, self.blend, shape, result.bad_microbatches),
+            samples=samples,
         )
 
     def validation(self, results: Mapping[str, Mapping[str, float]]) -> None:
@@ -140,7 +161,13 @@ class Recorder:
     def _open(self) -> None:
         self.metrics = open_metrics(self.config, first_step=self.state.step + 1, is_writer=True)
 
-    def _interval(self, result: StepResult, lr: float) -> dict[str, float | None]:
+    def _fill(self, first: int, shape: BatchShape) -> Fill:
+        """How full the rows of a step are."""
+        end = first + shape.global_batch_size
+        padded = shape.global_batch_size * self.config.model.seq_length
+        return Fill(self.blend.num_positions(first, end), padded)
+
+    def _interval(self, result: StepResult, lr: float, fill: Fill | None) -> dict[str, float | None]:
         """Say how the steps since the last log line went; returns their numbers."""
         rates, report = self.throughput.rates(), self.times.report()
         line = step_line(
@@ -152,6 +179,8 @@ class Recorder:
             rates=rates,
             skipped_steps=self.state.skipped_steps,
             peak_memory_bytes=report.peak_memory_bytes,
+            response_tokens=result.num_tokens if fill else None,
+            filled=fill.positions / fill.padded if fill else None,
         )
         logger.info("%s", line)
         return {"tflops_per_device": rates.tflops_per_device, "mfu": rates.mfu, **asdict(report)}

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.recipes import RECIPES
 from megatron_tokedit.config.record import differences
-from megatron_tokedit.config.sections import ModelConfig, PrecisionConfig
+from megatron_tokedit.config.sections import ModelConfig, PrecisionConfig, SftConfig
 from megatron_tokedit.errors import CheckpointError
 
 _FREE_MODEL_FIELDS = (
@@ -55,6 +55,7 @@ def check_resumable(
         del old["precision"], new["precision"]
     fatal = differences(old, new)
     fatal += _tokenizer_differences(recorded_tokenizer, tokenizer)
+    fatal += differences(_rows_settings(recorded_config), _rows_settings(config))
     _refuse(folder, fatal, "resumed", "start a new run by giving another run_dir")
     changed = _precision_differences(recorded_config, config)
     return changed + differences(_course(recorded_config), _course(config))
@@ -68,7 +69,7 @@ def check_continuable(
     recorded_tokenizer: Mapping[str, Any],
     tokenizer: Mapping[str, Any],
 ) -> list[str]:
-    """Compare another run's checkpoint with the run of stage ``continue`` that starts from it.
+    """Compare another run's checkpoint with the run of stage ``continue`` or ``sft`` that starts from it.
 
     Arguments, result and errors as of :func:`check_resumable`. Data, schedule and batches are the new run's
     own; the precision may differ (as on resuming, where the optimizer is kept); so may length and scaling of
@@ -88,6 +89,13 @@ def check_continuable(
     _refuse(folder, fatal, "continued", "give another checkpoint in init_from.checkpoint")
     changed = differences(changed_model[0], changed_model[1], "model.")
     return changed + _precision_differences(recorded_config, config)
+
+
+def _rows_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the samples of a run are made by: its count of them means nothing in others."""
+    if config.get("stage") != "sft":
+        return {"stage": "not sft"}
+    return {"stage": "sft", "sft": _with_defaults(SftConfig, config.get("sft", {}))}
 
 
 def _tokenizer_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

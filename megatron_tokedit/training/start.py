@@ -13,12 +13,20 @@ from megatron_tokedit.config.batch_sizes import total_samples
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset.blend import BlendState, Datasets, build_datasets, resume_blend
 from megatron_tokedit.dataset.rank_zero import from_rank_zero
-from megatron_tokedit.dataset.sources import format_shares, inspect_sources, prefix_of, source_shares
+from megatron_tokedit.dataset.source_table import validation_table
+from megatron_tokedit.dataset.sources import (
+    SourceInfo,
+    format_shares,
+    inspect_sources,
+    prefix_of,
+    source_shares,
+)
 from megatron_tokedit.engine import checkpoint, user_buffers
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.model import build_model
 from megatron_tokedit.engine.optimizer import build_optimizer, build_scheduler, go_to
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.training.length import last_sample, sft_of
 from megatron_tokedit.training.origin import Origin
 from megatron_tokedit.training.state import TrainState
 
@@ -45,8 +53,9 @@ def open_data(
     """
     data, seq_length, consumed = config.data, config.model.seq_length, state.consumed_samples
     num_samples = total_samples(config.training, step=state.step, consumed_samples=consumed)
+    sft, train_epochs = sft_of(config), config.training.train_epochs
     infos = from_rank_zero(
-        lambda: inspect_sources(data, tokenizer_spec=tokenizer_spec, seq_length=seq_length)
+        lambda: inspect_sources(data, tokenizer_spec=tokenizer_spec, seq_length=seq_length, sft=sft)
     )
     recorded = origin.state.get("blend") if origin.is_own else None
     blend, changes = resume_blend(
@@ -55,7 +64,9 @@ def open_data(
         data,
         infos,
         drawn=origin.state.get("drawn_samples") if recorded else None,
+        train_epochs=train_epochs,
     )
+    num_samples = last_sample(config, infos, blend, num_samples)
     for change in changes if speaks else ():
         logger.warning("data: %s", change)
     shares = source_shares(
@@ -65,8 +76,10 @@ def open_data(
         seq_length=seq_length,
         state=blend,
         start_sample=consumed,
+        train_epochs=train_epochs,
     )
-    logger.info("training data:\n  %s", "\n  ".join(format_shares(shares)))
+    table = format_shares(shares) + _held_out(config, infos)
+    logger.info("training data:\n  %s", "\n  ".join(table))
     datasets = build_datasets(
         data,
         infos,
@@ -78,8 +91,16 @@ def open_data(
         blend_state=blend,
         start_sample=consumed,
         training=config.training,
+        sft=sft,
     )
     return datasets, {source.name: infos[prefix_of(source)].identity for source in data.validation}
+
+
+def _held_out(config: RunConfig, infos: Mapping[str, SourceInfo]) -> list[str]:
+    """The table of the validation conversations, if there are any."""
+    known = [(source.name, infos[prefix_of(source)].conversations) for source in config.data.validation]
+    found = [(name, counts) for name, counts in known if counts is not None]
+    return validation_table(found) if found else []
 
 
 def build_trained(config: RunConfig, ctx: ParallelContext, state: TrainState) -> Trained:

@@ -26,7 +26,9 @@ from megatron_tokedit.engine.optimizer import learning_rate
 from megatron_tokedit.engine.step import train_step
 from megatron_tokedit.errors import ConfigError, DivergenceError
 from megatron_tokedit.log import get_logger
-from megatron_tokedit.training.feed import BatchFeed
+from megatron_tokedit.training.chat_template import chat_template_state
+from megatron_tokedit.training.feed import BatchFeed, packs_rows
+from megatron_tokedit.training.length import with_train_steps
 from megatron_tokedit.training.metrics_file import FILE_NAME as METRICS_FILE
 from megatron_tokedit.training.metrics_file import last_recorded_step
 from megatron_tokedit.training.origin import Origin, find_origin
@@ -55,6 +57,7 @@ class TrainResult:
         loss: of the last step; None if no step was taken.
         validation: last validation result by source; empty if none was made.
         checkpoint: the newest complete checkpoint.
+        train_steps: of the whole run.
     """
 
     state: TrainState
@@ -63,6 +66,7 @@ class TrainResult:
     loss: float | None
     validation: dict[str, dict[str, float]]
     checkpoint: str | None
+    train_steps: int
 
 
 def train(
@@ -89,6 +93,7 @@ def train(
         CheckpointError: a checkpoint of another model or tokenizer is in the run folder.
         DivergenceError: too many steps in a row without a finite loss and gradient.
     """
+    config = from_rank_zero(lambda: with_train_steps(config, tokenizer_spec))
     config = resolve(config, vocab_size=tokenizer_spec["vocab_size"])
     validate(config, ctx.world_size)
     check_packages(config.logging)
@@ -162,7 +167,14 @@ class Trainer:
         datasets, identities = open_data(
             config, self.tokenizer_spec, origin, self.state, speaks=ctx.rank == 0
         )
-        self.lasting = {"validation_data": identities, "lineage": list(origin.lineage)}
+        inherited = {key: origin.state[key] for key in ("stop_ids",) if key in origin.state}
+        template = from_rank_zero(lambda: chat_template_state(config, origin.state, speaks=True))
+        self.lasting = {
+            **inherited,
+            **template,
+            "validation_data": identities,
+            "lineage": list(origin.lineage),
+        }
         self.model, self.optimizer, self.scheduler = build_trained(config, ctx, self.state)
         if origin.folder is not None:
             load_trained(
@@ -263,6 +275,7 @@ class Trainer:
             num_microbatches=shape.num_microbatches,
             micro_batch_size=shape.micro_batch_size,
             seq_length=seq_length,
+            packed=packs_rows(self.config),
             schedule_increment=(
                 shape.global_batch_size * seq_length if self.config.schedule.in_tokens else 1
             ),
@@ -270,13 +283,14 @@ class Trainer:
         )
         seconds = time.perf_counter() - started
         self.state.step += 1
-        self.state.consumed_samples += shape.global_batch_size
+        first = self.state.consumed_samples
+        self.state.consumed_samples = min(first + shape.global_batch_size, len(feed))
         self.state.consumed_tokens += result.num_tokens
         self.state.skipped_steps += result.skipped
         self.state.train_seconds += seconds
         self.loss = result.loss
         is_last = self.state.step == self._last_step()
-        self.recorder.step(result, lr=lr, seconds=seconds, shape=shape, is_last=is_last)
+        self.recorder.step(result, first=first, lr=lr, seconds=seconds, shape=shape, is_last=is_last)
         return stop.outcome(result.votes)
 
     def _validates_now(self) -> bool:
@@ -317,7 +331,8 @@ class Trainer:
         finished = self.state.step >= self.config.training.train_steps and not self.owes_validation
         stopped_by = None if finished else (reason or "exit_at_step")
         latest = self.saver.latest
-        return TrainResult(self.state, finished, stopped_by, self.loss, self.validation, latest)
+        steps = self.config.training.train_steps
+        return TrainResult(self.state, finished, stopped_by, self.loss, self.validation, latest, steps)
 
 
 def _is_due(step: int, interval: int) -> bool:

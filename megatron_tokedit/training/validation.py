@@ -15,7 +15,7 @@ from megatron_tokedit.dataset.sources import domains_of
 from megatron_tokedit.engine.initialize import ParallelContext
 from megatron_tokedit.engine.model import gather_parameters
 from megatron_tokedit.engine.step import LossSum, evaluate_loss
-from megatron_tokedit.training.feed import full_shape
+from megatron_tokedit.training.feed import full_shape, packs_rows
 from megatron_tokedit.training.signals import StopRequest
 
 
@@ -76,6 +76,7 @@ def _sum_losses(
             num_microbatches=shape.num_microbatches,
             micro_batch_size=shape.micro_batch_size,
             seq_length=config.model.seq_length,
+            packed=packs_rows(config),
             votes=stop.votes,
             is_gathered=True,
         )

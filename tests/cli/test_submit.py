@@ -221,6 +221,14 @@ def test_a_continuation_has_its_own_script(cluster: Cluster) -> None:
     assert cluster.scripts() == ["slurm/continual_pretrain.sh"]
 
 
+def test_fine_tuning_has_its_own_script(cluster: Cluster) -> None:
+    origin = f"{cluster.folder}/first"
+    checkpoint(origin, 7)
+    more = ("stage=sft", f"init_from.checkpoint={origin}")
+    assert cluster.submit(*more, flags=("--stages", "train")) == 0, cluster.err
+    assert cluster.scripts() == ["slurm/sft.sh"]
+
+
 @pytest.mark.parametrize(
     ("tasks", "max_running", "expected"),
     [

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_tokedit.config.collapse import load_collapse_config
 from megatron_tokedit.config.load import _Loader, config_from_mapping, load_config
 from megatron_tokedit.config.record import differences, resolve, to_mapping, to_yaml
 from megatron_tokedit.errors import ConfigError
@@ -27,7 +28,9 @@ data:
     - name: b
       prefix: y
 """
-EXAMPLES = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.yaml"))
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.yaml"))
+EXPERIMENTS = [path for path in FILES if path.parent.name == "collapse"]
+EXAMPLES = [path for path in FILES if path not in EXPERIMENTS]
 
 
 @pytest.fixture
@@ -47,6 +50,11 @@ def faults(path: Path, *overrides: str, world_size: int | None = None) -> list[s
 def test_examples_are_valid(path: Path) -> None:
     config = load_config(ROOT / path)
     assert config_from_mapping(to_mapping(config), origin="record") == config
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
+def test_experiments_are_valid(path: Path) -> None:
+    load_collapse_config(str(ROOT / path))
 
 
 def test_values_and_overrides(good: Path) -> None:

@@ -132,14 +132,14 @@ def hidden_states_filled_up(folder):
     from megatron_tokedit.engine.inference import load_language_model
 
     lm = load_language_model(folder, device="cpu")
-    own, forward = lm.precision, lm._gpt.forward
+    own, forward = lm.precision, lm.gpt.forward
     sizes, worst = [], 0.0
 
     def watched(ids, *args):
         sizes.append(tuple(ids.shape))
         return forward(ids, *args)
 
-    lm._gpt.forward = watched
+    lm.gpt.forward = watched
     for shape in ((1, 1), (3, 7), (2, 31), (5, 32), (1, 32)):
         ids = torch.randint(0, lm.vocab_size, shape, generator=torch.Generator().manual_seed(0))
         lm.precision = own

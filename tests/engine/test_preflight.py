@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_tokedit.config.recipes import RECIPES
-from megatron_tokedit.config.sections import ParallelConfig, PrecisionConfig
+from megatron_tokedit.config.sections import ParallelConfig, PrecisionConfig, RuntimeConfig, SftConfig
 from megatron_tokedit.engine import kernels, machine, preflight
 from megatron_tokedit.errors import ConfigError
 from megatron_tokedit.testing.models import tiny_llama
@@ -321,3 +321,32 @@ def blocked_positions() -> int:
 
 def test_the_limit_that_is_told_is_the_one_that_holds(ranks: Any) -> None:
     assert ranks.run(blocked_positions, world_size=1) == [kernels.MAX_BLOCKED_POSITIONS]
+
+
+@pytest.mark.parametrize(
+    ("machine_has", "recipe", "packing", "expected"),
+    [
+        ({"compute_capability": (9, 0)}, "bf16", True, []),
+        ({"compute_capability": (9, 0)}, "fp32", True, ["precision.recipe: fp32: on a GPU, packed rows"]),
+        ({"compute_capability": (9, 0)}, "fp32", False, []),
+        ({"compute_capability": (8, 0)}, "bf16", True, ["sft.packing: true needs the package flash-attn"]),
+        ({"compute_capability": (8, 0), "flash_attn": "2.8.3"}, "bf16", True, []),
+        ({"compute_capability": (8, 0), "is_assumed": True}, "bf16", True, []),
+        ({"compute_capability": (8, 0), "transformer_engine": None}, "fp32", True, []),
+    ],
+)
+def test_packed_rows_want_an_attention_that_takes_them(
+    machine_has: dict[str, Any], recipe: str, packing: bool, expected: list[str]
+) -> None:
+    found = machine.Probe(**{
+        "has_cuda": True, "transformer_engine": "2.11.0", "fused_wgrad": False, "faults": (), "gpu_name": "GPU",
+        **machine_has,
+    })  # fmt: skip
+    sections = {
+        "stage": "sft", "sft": SftConfig(packing=packing), "precision": PrecisionConfig(recipe=recipe),
+        "parallel": ParallelConfig(), "runtime": RuntimeConfig(),
+    }  # fmt: skip
+    faults = [str(fault) for fault in preflight.section_faults(sections, found)]
+    assert len(faults) == len(expected)
+    assert all(fault.startswith(start) for fault, start in zip(faults, expected, strict=True))
+    assert not preflight.section_faults({**sections, "stage": "continue"}, found)

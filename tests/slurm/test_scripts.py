@@ -153,6 +153,19 @@ def test_continual_pretraining_wants_a_run_that_continues(slurm: FakeSlurm, stag
     assert ("use pretrain_edited.sh" in said) == (stage == "pretrain")
 
 
+@pytest.mark.parametrize(
+    ("stage", "instead"),
+    [("sft", ""), ("pretrain", "pretrain_edited.sh"), ("continue", "continual_pretrain.sh")],
+)
+def test_fine_tuning_wants_a_run_of_conversations(slurm: FakeSlurm, stage: str, instead: str) -> None:
+    slurm.environment["TOKEDIT_NODE_CHECK"] = "0"
+    slurm.begins_with(run_stage=stage)
+    said = slurm.run("sft.sh", "run.yaml", "seed=1", code=int(stage != "sft"))
+    train = [f"{TOOLS}/train.py", "--config", "run.yaml", "seed=1"]
+    assert [call[-4:] for call in slurm.calls("torchrun")] == ([train] if stage == "sft" else [])
+    assert not instead or f"the stage is {stage}; use {instead}" in said
+
+
 def test_a_complete_run_starts_nothing(slurm: FakeSlurm) -> None:
     slurm.begins_with(complete=1)
     assert "nothing to do" in slurm.run("pretrain_edited.sh", "run.yaml")

@@ -30,11 +30,20 @@ class Place:
     source: str
     epoch: int
     sample_in_epoch: int
+    documents: tuple[int, ...] = ()
 
 
 def locate(number: int) -> Place:
     """Every third sample is from the second source."""
     return Place("second" if number % 3 == 2 else "first", number // 100, number)
+
+
+def test_rows_of_conversations_are_named_by_their_documents() -> None:
+    found = Samples(
+        [4, 6], lambda number: Place("chats", 1, number, documents=(number * 10, number * 10 + 1))
+    )
+    assert found.by_source() == {"chats, epoch 1, documents": [40, 41, 60, 61]}
+    assert str(found) == "4, 6 of the run (chats, epoch 1, documents: 40-41, 60-61)"
 
 
 def samples(first: int = 8, last: int = 16) -> Samples:
