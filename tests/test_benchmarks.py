@@ -11,6 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from megatron.core import parallel_state
+
+from megatron_tokedit.engine.initialize import current_context
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -221,6 +224,20 @@ def test_defaults_depend_on_the_device(benchmark, command_line):
     assert {"ours (Megatron), float32", "ours (Megatron), bfloat16"} <= set(args.contestants)
 
 
+@pytest.fixture
+def no_engine():
+    """Ends the engine that another test of this process may have begun, and the one that is begun here."""
+
+    def end():
+        if parallel_state.is_initialized():
+            current_context(owns_process_group=True).destroy()
+
+    end()
+    yield
+    end()
+
+
+@pytest.mark.usefixtures("no_engine")
 def test_all_ways_of_writing_choose_the_same_tokens(benchmark, command_line, tmp_path):
     generation = benchmark("generation")
     command_line(

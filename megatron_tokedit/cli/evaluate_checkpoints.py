@@ -31,14 +31,29 @@ class PreparedCheckpoint:
     Attributes:
         path: as given.
         identity: what is there.
-        options: how it is scored.
+        options: how it is scored on documents.
         tokenizers: of the ids that it gets, one a domain; None where not known.
+        are_conversations: which domains are conversations.
     """
 
     path: str
     identity: PriorIdentity
     options: ScoringOptions
     tokenizers: tuple[Tokenizer | None, ...]
+    are_conversations: tuple[bool, ...]
+
+    @property
+    def conversation_options(self) -> ScoringOptions:
+        """How it is scored on conversations, before which nothing stands in fine-tuning: the same positions
+        hold one token more, as the last of them is no input.
+        """
+        options = self.options
+        return replace(
+            options,
+            start_id=None,
+            context_tokens=options.context_tokens + 1,
+            overlap_tokens=options.overlap_tokens + 1,
+        )
 
     def to_json(self, dtype: str) -> dict[str, Any]:
         """How it is scored, for the report."""
@@ -47,7 +62,7 @@ class PreparedCheckpoint:
             "dtype": dtype,
             "context_tokens": options.context_tokens,
             "stride_tokens": options.context_tokens - options.overlap_tokens,
-            "start_id": options.start_id,
+            "start_ids": [None if is_one else options.start_id for is_one in self.are_conversations],
             "tokenizers": [tokenizer and tokenizer.fingerprint for tokenizer in self.tokenizers],
         }
 
@@ -71,7 +86,12 @@ def prepare(path: str, domains: Sequence[Domain], arguments: argparse.Namespace)
     if any(isinstance(domain, TextDomain) for domain in domains):
         own, _ = find_tokenizer(path, arguments.tokenizer_type, arguments.tokenizer_model)
     tokenizers = tuple(domain.tokenizer_of(identity, own) for domain in domains)
-    start_ids = {_start_id(identity, tokenizer) for tokenizer in tokenizers if tokenizer is not None}
+    are_conversations = tuple(domain.is_conversations for domain in domains)
+    start_ids = {
+        _start_id(identity, tokenizer)
+        for tokenizer, is_one in zip(tokenizers, are_conversations, strict=True)
+        if tokenizer is not None and not is_one
+    }
     if len(start_ids) > 1:
         raise ConfigError(
             f"--data: the tokenizers of the data begin a document with different ids ({path}: "
@@ -91,7 +111,7 @@ def prepare(path: str, domains: Sequence[Domain], arguments: argparse.Namespace)
                 f"{options.context_tokens} tokens ({path})"
             )
         options = replace(options, overlap_tokens=options.context_tokens - arguments.stride)
-    return PreparedCheckpoint(path, identity, options, tokenizers)
+    return PreparedCheckpoint(path, identity, options, tokenizers, are_conversations)
 
 
 def _start_id(identity: PriorIdentity, tokenizer: Tokenizer) -> int | None:
@@ -116,6 +136,7 @@ def measure(
     """
     from megatron_tokedit.evaluation import CheckpointPerplexity, measure_perplexity
     from megatron_tokedit.scoring.load import load_scorer
+    from megatron_tokedit.scoring.scorer import CausalScorer
 
     scorer = load_scorer(
         checkpoint.identity,
@@ -123,13 +144,18 @@ def measure(
         dtype=arguments.dtype,
         device=arguments.device or "auto",
     )
+    talker = CausalScorer(scorer.backbone, checkpoint.conversation_options)
     sizes = [domain.num_tokens for domain in domains]
     total = sum(size for size in sizes if size is not None) if None not in sizes else None
     name = Path(checkpoint.path).name
     with tqdm(total=total, unit="tok", unit_scale=True, desc=name, disable=arguments.quiet or None) as bar:
         results = tuple(
             measure_perplexity(
-                scorer, domain.documents(tokenizer), domain.name, domain.text, on_tokens=bar.update
+                talker if domain.is_conversations else scorer,
+                domain.documents(tokenizer),
+                domain.name,
+                domain.text,
+                on_tokens=bar.update,
             )
             for domain, tokenizer in zip(domains, checkpoint.tokenizers, strict=True)
         )

@@ -43,11 +43,14 @@ class Domain(ABC):
         name: in the tables.
         path: where they are, as given.
         num_tokens: of all documents; None where that depends on the tokenizer.
+        is_conversations: the documents are conversations as fine-tuning sees them: nothing stands before
+            one but what its template writes.
     """
 
     name: str
     path: str
     num_tokens: int | None
+    is_conversations: bool = False
 
     @abstractmethod
     def tokenizer_of(self, identity: PriorIdentity, own: Tokenizer | None) -> Tokenizer | None:
@@ -90,6 +93,7 @@ class DatasetDomain(Domain):
         self._manifest = read_manifest(prefix)
         self.num_tokens = self._dataset.num_tokens
         self._mask = open_loss_mask(self._dataset) if has_loss_mask(prefix) else None
+        self.is_conversations = self._mask is not None
 
     def tokenizer_of(self, identity: PriorIdentity, own: Tokenizer | None) -> Tokenizer | None:
         """See :class:`Domain`; the checkpoint's own tokenizer is not used."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from megatron_tokedit import log
 from megatron_tokedit.cli.generate_output import LinesFile, recorded_settings, refuse_output
+from megatron_tokedit.cli.generate_prompts import read_prompts, samples_of
 from megatron_tokedit.cli.generate_screen import Screen
 from megatron_tokedit.cli.main import add_common_arguments, run_command
-from megatron_tokedit.errors import ConfigError, DataFormatError
+from megatron_tokedit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_tokedit.generation import Completion, GenerationSettings, Prompt, TextModel
+    from megatron_tokedit.generation import Chat, Completion, GenerationSettings, TextModel
 
 logger = log.get_logger(__name__)
 
@@ -43,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     given.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="FILE.jsonl: the value of --json-key of every line; otherwise every line is a prompt",
+        help="FILE.jsonl: the value of --json-key of every line (with --chat also its messages); otherwise "
+        "every line is a prompt",
     )
     given.add_argument(
         "--interactive", action="store_true", help="ask for prompts (default on a terminal without prompts)"
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         help="do not put in front of a prompt what stood before every document in training (EOD, or BOS): "
         "for texts from the middle of a document",
     )
+    _add_chat(parser)
     _add_settings(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -78,6 +81,21 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--tokenizer-model", metavar="PATH", help="where the tokenizer lies now")
     add_common_arguments(parser)
     return parser
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("talking to a fine-tuned model")
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are messages (with FILE.jsonl also whole conversations), and the model replies",
+    )
+    group.add_argument("--system", metavar="TEXT", help="system message of conversations that have none")
+    group.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="alpaca, chatml, llama3, tulu, or a Jinja file; default: the one that the model was taught",
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -132,118 +150,75 @@ def _settings(arguments: argparse.Namespace) -> GenerationSettings:
     return settings
 
 
-def _prompt_texts(arguments: argparse.Namespace) -> Iterator[str]:
-    """The prompts, read as they are needed.
-
-    Raises:
-        DataFormatError: a file that cannot be read, or a line that is no prompt.
+def record_of(completion: Completion, model: TextModel, chat: Chat | None = None) -> dict[str, Any]:
+    """A line of ``--output``: ``text`` is the prompt with its continuation, as a document; of a chat
+    ``messages`` is the conversation with the reply.
     """
-    if arguments.prompt is not None:
-        yield from arguments.prompt
-    elif arguments.prompt_file is None:
-        yield sys.stdin.read().removesuffix("\n")
-    else:
-        yield from _lines_of(arguments.prompt_file, arguments.json_key)
-
-
-def _lines_of(path: str, json_key: str) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            number = 0
-            for number, line in enumerate(file, 1):
-                line = line.removesuffix("\n").removesuffix("\r")
-                yield _json_prompt(line, json_key, f"{path}:{number}") if path.endswith(".jsonl") else line
-        if not number:
-            raise DataFormatError(f"{path}: is empty; there are no prompts in it")
-    except UnicodeDecodeError as error:
-        raise DataFormatError(f"{path}: is not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise DataFormatError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _json_prompt(line: str, key: str, place: str) -> str:
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise DataFormatError(f"{place}: is not a JSON object ({error})") from error
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        raise DataFormatError(f"{place}: has no text under the key {key!r}; give --json-key")
-    return value
-
-
-def _samples(arguments: argparse.Namespace) -> range:
-    """Numbers of every prompt's texts."""
-    return range(arguments.first_sample, arguments.first_sample + arguments.num_samples)
-
-
-def _prompts(
-    model: TextModel, texts: Iterable[tuple[str, range]], arguments: argparse.Namespace
-) -> Iterator[Prompt]:
-    from megatron_tokedit.generation import Prompt
-
-    for text, samples in texts:
-        yield Prompt(model.prompt_ids(text, document_start=arguments.document_start), samples, text)
-
-
-def record_of(completion: Completion, model: TextModel) -> dict[str, Any]:
-    """A line of ``--output``; ``text`` is the prompt with its continuation, as a document."""
+    from megatron_tokedit.generation import ChatPrompt
     from megatron_tokedit.generation.text import token_texts
 
-    record: dict[str, Any] = {
-        "text": completion.prompt.text + completion.text,
-        "prompt": completion.prompt.text,
+    prompt, record = completion.prompt, dict[str, Any]()
+    if isinstance(prompt, ChatPrompt):
+        assert chat is not None
+        record["messages"] = [*prompt.messages, chat.reply(completion)]
+        if prompt.tools:
+            record["tools"] = prompt.tools
+    else:
+        record["text"] = prompt.text + completion.text
+    record |= {
+        "prompt": prompt.text,
         "completion": completion.text,
         "finish": completion.finish,
         "prompt_index": completion.prompt_index,
         "sample": completion.sample,
-        "num_prompt_tokens": len(completion.prompt.ids),
+        "num_prompt_tokens": len(prompt.ids),
         "num_new_tokens": len(completion.ids),
     }
     if completion.logprobs is not None:
         record["ids"] = completion.ids
-        record["tokens"] = token_texts(model.tokenizer, completion.prompt.ids, completion.ids)
+        record["tokens"] = token_texts(model.tokenizer, prompt.ids, completion.ids)
         record["logprobs"] = completion.logprobs
     return record
 
 
 def _lines_file(
-    model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace
+    model: TextModel, chat: Chat | None, settings: GenerationSettings, arguments: argparse.Namespace
 ) -> LinesFile | None:
     """The file to write, or to go on with; None: standard output."""
     if arguments.output == "-":
         return None
     from megatron_tokedit.generation.load import resolve_machine
 
-    samples, machine = _samples(arguments), resolve_machine(arguments.device, arguments.dtype)
+    samples, machine = samples_of(arguments), resolve_machine(arguments.device, arguments.dtype)
     recorded = recorded_settings(
         model,
         settings,
         samples=samples,
         document_start=arguments.document_start,
         machine=" ".join(machine),
+        chat_template=None if chat is None else chat.template.source,
     )
     return LinesFile(Path(arguments.output), recorded, samples, overwrite=arguments.overwrite)
 
 
 def _write_lines(
-    model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace
+    model: TextModel, chat: Chat | None, settings: GenerationSettings, arguments: argparse.Namespace
 ) -> Iterator[Completion]:
     """Continue all prompts, as JSON lines."""
     from megatron_tokedit.generation import generate
 
-    texts = _prompt_texts(arguments)
-    file = _lines_file(model, settings, arguments)
+    prompts = read_prompts(model, chat, arguments)
+    file = _lines_file(model, chat, settings, arguments)
     if file is None:
-        for completion in generate(model, _prompts(model, _all_of(texts, arguments), arguments), settings):
-            sys.stdout.write(orjson.dumps(record_of(completion, model)).decode() + "\n")
+        for completion in generate(model, prompts, settings):
+            sys.stdout.write(orjson.dumps(record_of(completion, model, chat)).decode() + "\n")
             sys.stdout.flush()
             yield completion
         return
     with file, tqdm(unit="text", disable=arguments.quiet or None) as bar:
         try:
-            for completion in generate(model, _prompts(model, file.remaining(texts), arguments), settings):
-                file.write(record_of(completion, model))
+            for completion in generate(model, file.remaining(prompts), settings):
+                file.write(record_of(completion, model, chat))
                 bar.update()
                 yield completion
         except KeyboardInterrupt as error:
@@ -255,26 +230,24 @@ def _write_lines(
     logger.info("wrote %s", arguments.output)
 
 
-def _all_of(texts: Iterable[str], arguments: argparse.Namespace) -> Iterator[tuple[str, range]]:
-    """Every prompt with the numbers of its texts."""
-    for text in texts:
-        yield text, _samples(arguments)
-
-
-def _write_all(model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace) -> None:
+def _write_all(
+    model: TextModel, chat: Chat | None, settings: GenerationSettings, arguments: argparse.Namespace
+) -> None:
     """Continue all prompts."""
     from megatron_tokedit.generation import generate
 
     if arguments.output is not None:
-        shown = _write_lines(model, settings, arguments)
+        shown = _write_lines(model, chat, settings, arguments)
     else:
-        prompts = _prompts(model, _all_of(_prompt_texts(arguments), arguments), arguments)
         is_alone = arguments.num_samples == 1 and len(arguments.prompt or ()) < 2
         screen = Screen(
-            model, _samples(arguments), has_headings=not is_alone or arguments.prompt_file is not None
+            model,
+            samples_of(arguments),
+            has_headings=not is_alone or arguments.prompt_file is not None,
+            shows_prompts=chat is None,
         )
         on_text = screen.add if sys.stdout.isatty() else None
-        shown = screen.show(generate(model, prompts, settings, on_text=on_text))
+        shown = screen.show(generate(model, read_prompts(model, chat, arguments), settings, on_text=on_text))
     started, num_texts, num_tokens = time.monotonic(), 0, 0
     for completion in shown:
         num_texts += 1
@@ -284,6 +257,25 @@ def _write_all(model: TextModel, settings: GenerationSettings, arguments: argpar
     logger.info("%d texts, %d new tokens in %.1f s (%.0f a second)", num_texts, num_tokens, seconds, rate)
 
 
+def _refuse_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace, converses: bool) -> None:
+    """Refuse flags that contradict each other."""
+    if converses and arguments.output is not None:
+        parser.error("--output: a conversation is not written to a file; give --prompt or --prompt-file")
+    if arguments.output in (None, "-") and arguments.overwrite:
+        parser.error("--overwrite: there is no file to replace; give --output FILE.jsonl")
+    if not arguments.chat:
+        for flag, value in (("--system", arguments.system), ("--chat-template", arguments.chat_template)):
+            if value is not None:
+                parser.error(f"{flag}: has a meaning with --chat only")
+        return
+    if not arguments.document_start:
+        parser.error("--no-document-start: with --chat the template says what a conversation begins with")
+    if arguments.ignore_eod:
+        parser.error("--ignore-eod: with --chat a reply ends where the template ends it")
+    if converses and arguments.num_samples != 1:
+        parser.error("--num-samples: a conversation goes on with one reply; give --prompt or --prompt-file")
+
+
 def _run(argv: Sequence[str]) -> None:
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -291,13 +283,10 @@ def _run(argv: Sequence[str]) -> None:
     if sys.stdin is None and not has_prompts:
         parser.error("standard input is closed; give --prompt or --prompt-file")
     converses = arguments.interactive or (not has_prompts and sys.stdin.isatty())
-    if converses and arguments.output is not None:
-        parser.error("--output: a conversation is not written to a file; give --prompt or --prompt-file")
+    _refuse_flags(parser, arguments, converses)
     settings = _settings(arguments)
     if arguments.output not in (None, "-"):
         refuse_output(Path(arguments.output), arguments.prompt_file, overwrite=arguments.overwrite)
-    elif arguments.overwrite:
-        parser.error("--overwrite: there is no file to replace; give --output FILE.jsonl")
 
     from megatron_tokedit.generation import load_text_model
 
@@ -308,12 +297,29 @@ def _run(argv: Sequence[str]) -> None:
         tokenizer_type=arguments.tokenizer_type,
         tokenizer_model=arguments.tokenizer_model,
     )
-    if converses:
+    if arguments.chat:
+        _chat(model, settings, arguments, converses)
+    elif converses:
         from megatron_tokedit.cli.generate_talk import talk
 
         talk(model, settings, num_samples=arguments.num_samples, document_start=arguments.document_start)
     else:
-        _write_all(model, settings, arguments)
+        _write_all(model, None, settings, arguments)
+
+
+def _chat(
+    model: TextModel, settings: GenerationSettings, arguments: argparse.Namespace, converses: bool
+) -> None:
+    """Answer messages."""
+    from megatron_tokedit.generation import open_chat
+
+    chat = open_chat(model, arguments.chat_template)
+    if converses:
+        from megatron_tokedit.cli.generate_chat import converse
+
+        converse(chat, settings, system=arguments.system)
+    else:
+        _write_all(chat.model, chat, chat.settings(settings), arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -27,7 +28,7 @@ from megatron_tokedit.errors import ConfigError, DataFormatError
 from megatron_tokedit.log import get_logger
 
 if TYPE_CHECKING:
-    from megatron_tokedit.generation import GenerationSettings, TextModel
+    from megatron_tokedit.generation import GenerationSettings, Prompt, TextModel
 
 logger = get_logger(__name__)
 
@@ -54,7 +55,13 @@ def refuse_output(output: Path, prompt_file: str | None, *, overwrite: bool) -> 
 
 
 def recorded_settings(
-    model: TextModel, settings: GenerationSettings, *, samples: range, document_start: bool, machine: str
+    model: TextModel,
+    settings: GenerationSettings,
+    *,
+    samples: range,
+    document_start: bool,
+    machine: str,
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
     """What the texts of a file depend on, beside their prompts, as JSON values.
 
@@ -64,6 +71,7 @@ def recorded_settings(
         samples: numbers of every prompt's texts.
         document_start: whether prompts begin with what a document begins with.
         machine: device and precision.
+        chat_template: Jinja text, where conversations are answered.
     """
     files = [entry.stat() for entry in Path(model.path).iterdir() if entry.is_file()]
     changed = max((file.st_mtime_ns for file in files), default=0)
@@ -77,6 +85,8 @@ def recorded_settings(
         "num_samples": len(samples),
         **dataclasses.asdict(settings),
     }
+    if chat_template is not None:
+        recorded["chat_template"] = hashlib.sha256(chat_template.encode()).hexdigest()
     kept = {name: value for name, value in recorded.items() if name not in _WITHOUT_EFFECT}
     loaded: dict[str, Any] = orjson.loads(orjson.dumps(kept))  # as it will be read: tuples are lists
     return loaded
@@ -150,7 +160,7 @@ class LinesFile:
             return [f"{self._settings_file}, which says them, cannot be read"]
         return differences(recorded, settings)
 
-    def remaining(self, texts: Iterable[str]) -> Iterator[tuple[str, range]]:
+    def remaining(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
         """Every prompt with the numbers of its texts that are not there yet, which may be none.
 
         To be exhausted up to the first prompt with such numbers before :meth:`write` is called.
@@ -160,13 +170,13 @@ class LinesFile:
         """
         lines = self._lines()
         line = next(lines, None)
-        for index, text in enumerate(texts):
+        for index, prompt in enumerate(prompts):
             num_done = 0
             while line is not None and num_done < len(self._samples):
-                self._refuse_other_prompt(line, (index, self._samples[num_done], text))
+                self._refuse_other_prompt(line, (index, self._samples[num_done], prompt.text))
                 num_done += 1
                 line = next(lines, None)
-            yield text, self._samples[num_done:]
+            yield dataclasses.replace(prompt, samples=self._samples[num_done:])
         if line is not None:
             raise ConfigError(
                 f"--output {self._output}: {self._partial} holds texts of more prompts than there are now; "

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_tokedit.generation import Completion, Prompt, TextModel
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-_ENDS = {
+ENDS = {
     "eod": "end of document",
     "length": "--max-new-tokens",
     "context": "the model takes no more tokens",
@@ -31,15 +31,23 @@ class Screen:
         samples: numbers of every prompt's continuations.
         has_headings: say above each which it is.
         shows_prompts: write the prompt in front.
+        ends: reason of an end -> what a terminal is told of it; nothing of those that are not there.
     """
 
     def __init__(
-        self, model: TextModel, samples: range, *, has_headings: bool, shows_prompts: bool = True
+        self,
+        model: TextModel,
+        samples: range,
+        *,
+        has_headings: bool,
+        shows_prompts: bool = True,
+        ends: Mapping[str, str] = ENDS,
     ) -> None:
         self._model = model
         self._samples = samples
         self._has_headings = has_headings
         self._shows_prompts = shows_prompts
+        self._ends = ends
         self._is_terminal = sys.stdout.isatty()
         self._head = (0, samples.start)
         self._has_begun = False
@@ -80,8 +88,8 @@ class Screen:
         self._num_shown += len(text)
 
     def _end(self, completion: Completion) -> None:
-        if self._is_terminal:
-            self._write(f" [{_ENDS[completion.finish]}]", dim=True)
+        if self._is_terminal and completion.finish in self._ends:
+            self._write(f" [{self._ends[completion.finish]}]", dim=True)
         self._write("\n")
         if completion.logprobs is not None:
             from megatron_tokedit.generation.text import token_texts

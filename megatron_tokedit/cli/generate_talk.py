@@ -41,9 +41,9 @@ def talk(
 
     sys.stderr.write(_HELP)
     next_sample = 0
-    while (line := _ask()) is not None and line != ":quit":
+    while (line := ask()) is not None and line != ":quit":
         if line.startswith(":"):
-            settings = _obey(line, settings)
+            settings = obey(line, settings, _HELP)
             continue
         text = line.replace("\\n", "\n")
         samples = range(next_sample, next_sample + num_samples)
@@ -60,7 +60,7 @@ def talk(
             sys.stderr.write(f"{error}\n")
 
 
-def _ask() -> str | None:
+def ask() -> str | None:
     """A line, or None where there are no more."""
     try:
         return input("> " if sys.stdin.isatty() else "")
@@ -69,8 +69,8 @@ def _ask() -> str | None:
         return None
 
 
-def _obey(line: str, settings: GenerationSettings) -> GenerationSettings:
-    """Do what a line that begins with a colon says; returns the settings from now on."""
+def obey(line: str, settings: GenerationSettings, usage: str) -> GenerationSettings:
+    """Do what a line that begins with a colon says, or show how to use it; the settings from now on."""
     words = line.split()
     if words[0] == ":set" and len(words) == 3 and words[1] in _KINDS:
         name, value = words[1:]
@@ -86,5 +86,5 @@ def _obey(line: str, settings: GenerationSettings) -> GenerationSettings:
         shown = (f"{name} {getattr(settings, name)}" for name in _KINDS)
         sys.stderr.write("  ".join(shown) + "\n")
     else:
-        sys.stderr.write(_HELP)
+        sys.stderr.write(usage)
     return settings

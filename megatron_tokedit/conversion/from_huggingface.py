@@ -245,6 +245,13 @@ def _warn_of_ids(tokenizer: Tokenizer, config: Any) -> None:
         )
 
 
+def _template_state(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the checkpoint records of the chat template, which training hands on."""
+    if tokenizer.chat_template is None:
+        return {}
+    return {"chat_template": tokenizer.chat_template, "chat_template_name": "tokenizer"}
+
+
 def write_checkpoint_folder(
     published: PublishedModel, staging: Path, output: Path, *, on_bytes: Callable[[int], object]
 ) -> None:
@@ -281,7 +288,8 @@ def write_checkpoint_folder(
         published.outline,
         dtypes=published.dtypes,
         read=read,
-        state={
+        state=_template_state(published.tokenizer)
+        | {
             "step": 0,
             "consumed_samples": 0,
             "consumed_tokens": 0,

@@ -26,6 +26,7 @@ from megatron_tokedit.conversion.tokenizer_files import (
     CONFIG_FILE,
     read_generation_settings,
     vocabulary_faults,
+    write_chat_template,
     write_tokenizer,
 )
 from megatron_tokedit.engine.streamed_checkpoint import StoredWeights
@@ -166,6 +167,9 @@ def write_hugging_face_folder(
     """
     _write_settings(trained, folder)  # the weights last: what can be wrong is known before they are read
     write_tokenizer(trained.tokenizer, folder, trained.start_id)
+    template = trained.weights.state.get("chat_template", trained.tokenizer.chat_template)
+    if template is not None:
+        write_chat_template(template, trained.tokenizer, folder)
     dtypes = {name: trained.dtypes[entry.ours] for entry in trained.entries for name in entry.theirs}
     with ShardWriter(folder, trained.shapes, dtypes, max_shard_bytes=max_shard_bytes) as writer:
         for entry, ours in _weights(trained):

@@ -20,9 +20,10 @@ logger = get_logger(__name__)
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", SENTENCEPIECE_FILE, "chat_template.jinja", "chat_template.json",
+    "merges.txt", SENTENCEPIECE_FILE, CHAT_TEMPLATE_FILE, "chat_template.json",
 )  # fmt: skip
 _PROBES = (
     "The quick  brown fox, 3.14 + 2 = 5;\n\n  def f(x):\n\treturn x ** 2\n",
@@ -141,6 +142,39 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, start: int | None) -> No
             if name != SENTENCEPIECE_FILE:
                 (folder / name).unlink(missing_ok=True)
     _write_fast_tokenizer(tokenizer, folder, start)
+
+
+def write_chat_template(source: str, tokenizer: Tokenizer, folder: Path) -> None:
+    """Put a chat template beside a written tokenizer, in place of its own, so that ``apply_chat_template``
+    gives the text that the model was taught.
+
+    Special tokens that the template names and the folder's tokenizer calls otherwise are set in the template.
+
+    Args:
+        source: Jinja text.
+        tokenizer: that the model was taught with.
+        folder: with the written tokenizer.
+    """
+    from jinja2 import nodes
+    from transformers import AutoTokenizer
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    settings_file = folder / "tokenizer_config.json"
+    if settings_file.is_file():
+        settings = json.loads(settings_file.read_text())
+        if settings.pop("chat_template", None) is not None:
+            settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    written = AutoTokenizer.from_pretrained(folder, local_files_only=True).special_tokens_map
+    names = {
+        name.name for name in _compile_jinja_template(source).environment.parse(source).find_all(nodes.Name)
+    }
+    lines = [
+        f"{{% set {name} = {json.dumps(text)} %}}\n"  # the line end is Jinja's, not the text's
+        for name, text in sorted(tokenizer.special_tokens.items())
+        if name in names and written.get(name) != text
+    ]
+    (folder / CHAT_TEMPLATE_FILE).write_text("".join(lines) + source, encoding="utf-8")
 
 
 def _copy_files(tokenizer: Tokenizer, folder: Path) -> None:

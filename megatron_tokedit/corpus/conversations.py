@@ -76,7 +76,7 @@ class Conversation:
     """The turns of a conversation.
 
     Attributes:
-        messages: at least one, of which one is the assistant's.
+        messages: at least one, of which one is the assistant's unless it is to be answered.
         tools: descriptions of the tools, as JSON schemas; None where there are none.
     """
 
@@ -85,7 +85,11 @@ class Conversation:
 
 
 def parse_conversation(
-    record: Mapping[str, Any], layout: str = "auto", keys: Mapping[str, str] | None = None
+    record: Mapping[str, Any],
+    layout: str = "auto",
+    keys: Mapping[str, str] | None = None,
+    *,
+    needs_response: bool = True,
 ) -> Conversation:
     """The conversation of a record.
 
@@ -93,6 +97,7 @@ def parse_conversation(
         record: a JSON object, or a row of a table.
         layout: one of :data:`LAYOUTS`; ``auto``: told by the record's keys.
         keys: part of a conversation (:data:`PARTS`) -> the key that holds it, instead of a layout.
+        needs_response: refuse one without a message of the assistant; False: for one that is to be answered.
 
     Raises:
         BadRecord: it is none of the layout, a role is unknown, a text is no string, or nobody responds.
@@ -102,7 +107,7 @@ def parse_conversation(
     else:
         read = _READERS[_layout_of(record) if layout == "auto" else layout]
     messages = read(record)
-    if all(message.role != ASSISTANT for message in messages):
+    if needs_response and all(message.role != ASSISTANT for message in messages):
         raise BadRecord("the conversation has no message of the assistant, so there is nothing to learn")
     return Conversation(tuple(messages), _tools(record, (keys or {}).get("tools", "tools")))
 
@@ -111,9 +116,12 @@ def num_utf8_bytes(conversation: Conversation) -> int:
     """UTF-8 bytes of all contents.
 
     Raises:
-        BadRecord: a text holds half of a surrogate pair.
+        BadRecord: a text holds half of a surrogate pair, be it in a content, a tool call or a tool.
     """
     try:
+        others = [message.fields for message in conversation.messages if message.fields]
+        if others or conversation.tools:
+            json.dumps([others, conversation.tools], ensure_ascii=False, default=str).encode()
         return sum(len(message.content.encode()) for message in conversation.messages)
     except UnicodeEncodeError as error:
         raise BadRecord(f"the text holds half of a surrogate pair (character {error.start})") from error

@@ -232,8 +232,14 @@ def _inspect(
     identity = _identity(prefix, manifest)
     if sft is not None:
         counts = count_conversations(dataset, seq_length, sft)
-        identity += f":{_identity(loss_mask_prefix(prefix), None)}"
+        identity += f":{_mask_identity(loss_mask_prefix(prefix), manifest)}"
         return SourceInfo(prefix, dataset.num_documents, dataset.num_tokens, identity, seq_length, counts)
+    if manifest is not None and manifest.conversation is not None:
+        logger.warning(
+            "%s holds conversations; outside of stage sft its loss mask is not used, and prompts and the "
+            "chat template are learned like the responses",
+            prefix,
+        )
     if dataset.num_tokens <= seq_length:
         raise DataFormatError(
             f"{prefix} holds {dataset.num_tokens} tokens, one sample needs model.seq_length + 1 = "
@@ -257,6 +263,23 @@ def _identity(prefix: str, manifest: Manifest | None) -> str:
             f"were made; preprocess again, or remove the manifest if the dataset is meant to be this one"
         )
     return f"{idx_sha256}:{manifest.checksums['bin']}"
+
+
+def _mask_identity(prefix: str, manifest: Manifest | None) -> str:
+    """The hashes of a loss mask.
+
+    Raises:
+        DataFormatError: the manifest belongs to another mask (told of small ones, which are hashed whole).
+    """
+    identity = _identity(prefix, None)
+    recorded = manifest.checksums.get("loss_mask.bin") if manifest is not None else None
+    is_whole = Path(f"{prefix}.bin").stat().st_size <= _HASHED_WHOLE_BYTES
+    if recorded is not None and is_whole and not identity.endswith(f":{recorded}"):
+        raise DataFormatError(
+            f"{prefix}.bin is not the mask that the dataset's manifest names: it was changed or replaced; "
+            f"preprocess the conversations again"
+        )
+    return identity
 
 
 def _sampled_sha256(path: str) -> str:

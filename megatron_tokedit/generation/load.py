@@ -8,7 +8,7 @@ of sequence (BOS). Without it the first token of a text has no context, which a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class TextModel:
         vocab_size: ids below it may be drawn: those that model and tokenizer both have.
         max_positions: ids that the model takes.
         make_decoder: a decoder without rows; several may be in use.
+        chat_template: Jinja text of the chat template that the model was taught, or else its tokenizer's.
+        chat_template_name: what it is called.
     """
 
     path: str
@@ -46,6 +48,8 @@ class TextModel:
     vocab_size: int
     max_positions: int
     make_decoder: Callable[[], Decoder]
+    chat_template: str | None = None
+    chat_template_name: str = "tokenizer"
 
     def prompt_ids(self, text: str, *, document_start: bool = True) -> list[int]:
         """Ids of a text that is to be continued.
@@ -99,11 +103,18 @@ def load_text_model(
     if (folder / "config.json").is_file():
         from megatron_tokedit.generation.huggingface import load_model
 
-        return from_huggingface_model(load_model(folder, device_type, dtype), folder, tokenizer)
+        published = from_huggingface_model(load_model(folder, device_type, dtype), folder, tokenizer)
+        return replace(published, chat_template=tokenizer.chat_template)
     from megatron_tokedit.engine.inference import load_language_model
 
-    model = load_language_model(checkpoint_folder.require(folder), device=device, precision=RECIPES[dtype])
-    return from_language_model(model, tokenizer, start_id=start_id)
+    folder = checkpoint_folder.require(folder)
+    model = load_language_model(folder, device=device, precision=RECIPES[dtype])
+    state = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)
+    return replace(
+        from_language_model(model, tokenizer, start_id=start_id),
+        chat_template=state.get("chat_template", tokenizer.chat_template),
+        chat_template_name=state.get("chat_template_name", "tokenizer"),
+    )
 
 
 def find_tokenizer(

@@ -10,7 +10,6 @@ Legend: ``T`` tokens of a conversation, ``M`` of it after edits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,8 +20,15 @@ from megatron_tokedit.config.preprocess import PreprocessConfig
 from megatron_tokedit.corpus import BadRecord, Conversation, Message
 from megatron_tokedit.corpus.conversations import ASSISTANT, ROLES, SYSTEM, USER
 from megatron_tokedit.edit.lineage import Lineage
-from megatron_tokedit.tokenizers import ChatTemplate, PlacedIds, TemplateError, Tokenizer
-from megatron_tokedit.tokenizers.chat_template import Rendered, Span
+from megatron_tokedit.tokenizers import (
+    ChatTemplate,
+    PlacedIds,
+    TemplateError,
+    Tokenizer,
+    control_pattern,
+    encode_rendered,
+)
+from megatron_tokedit.tokenizers.chat_template import Span
 
 TEMPLATE = "template"
 TOKEN_ROLES = (TEMPLATE, *ROLES)
@@ -98,8 +104,7 @@ class ConversationEncoder:
         self._truncates = config.sft_too_long == "truncate"
         self._refuses_spelled = config.special_tokens_in_text == "error"
         self._splits = config.special_tokens_in_text == "split"
-        tokens = sorted(tokenizer.control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        self._control = control_pattern(tokenizer)
         self._is_control_V = np.zeros(tokenizer.vocab_size, bool)
         self._is_control_V[[i for i in tokenizer.special_ids if 0 <= i < tokenizer.vocab_size]] = True
 
@@ -159,8 +164,7 @@ class ConversationEncoder:
             rendered = self._template.render([message.to_template() for message in messages], tools)
         except TemplateError as error:
             raise BadRecord(str(error)) from error
-        spelled = self._spelled(rendered)
-        placed = self._tokenizer.encode_chat(rendered.text, [span for span, _ in spelled])
+        placed, spelled = encode_rendered(self._tokenizer, rendered, self._control)
         responses_T = np.full(len(placed.ids_T), _NO_RESPONSE_INDEX, np.int32)
         roles_T = np.zeros(len(placed.ids_T), np.uint8)
         loss_T = np.zeros(len(placed.ids_T), bool)
@@ -179,7 +183,7 @@ class ConversationEncoder:
             responses_T[inside_T & ~is_control_T] = num_responses
             num_responses += 1
         counts: dict[int, int] = {}
-        for _, id_ in spelled:
+        for id_ in spelled:
             if id_ in self._tokenizer.spellable_ids:
                 counts[id_] = counts.get(id_, 0) + 1
         return EncodedConversation(
@@ -208,14 +212,6 @@ class ConversationEncoder:
             stop = int(ends.max()) if len(ends) else stop
         written_T: npt.NDArray[np.bool_] = (placed.ends_T > start) & (placed.ends_T <= stop)
         return written_T
-
-    def _spelled(self, rendered: Rendered) -> list[tuple[Span, int]]:
-        """Where messages, not the template, spell control tokens, and which; ascending."""
-        spans = []
-        for place in sorted(place for place in rendered.contents if place):
-            for match in self._control.finditer(rendered.text, *place):
-                spans.append((match.span(), self._tokenizer.control_tokens[match[0]]))
-        return spans
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:

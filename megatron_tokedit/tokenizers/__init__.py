@@ -5,6 +5,7 @@ Invariant: the ids are Megatron-LM's for the same ``--tokenizer-type`` and ``--t
 
 from megatron_tokedit.tokenizers.base import PlacedIds, Tokenizer
 from megatron_tokedit.tokenizers.chat_template import ChatTemplate, TemplateError, load_chat_template
+from megatron_tokedit.tokenizers.chat_turns import TurnEnd, control_pattern, encode_rendered, turn_end
 from megatron_tokedit.tokenizers.document import append_eod, encode_document, encode_documents
 from megatron_tokedit.tokenizers.load import TOKENIZER_TYPES, load_tokenizer, tokenizer_spec
 
@@ -14,10 +15,14 @@ __all__ = [
     "PlacedIds",
     "TemplateError",
     "Tokenizer",
+    "TurnEnd",
     "append_eod",
+    "control_pattern",
     "encode_document",
     "encode_documents",
+    "encode_rendered",
     "load_chat_template",
     "load_tokenizer",
     "tokenizer_spec",
+    "turn_end",
 ]

@@ -101,6 +101,48 @@ class ChatTemplate:
                 raise self._error(f"changes the text of the assistant's turn {index}")
         return Rendered(text, contents, turns)
 
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> Rendered:
+        """The text of a conversation up to where the assistant is to write; the turns are not looked for.
+
+        Args:
+            messages: as in :meth:`render`.
+            tools: JSON schemas.
+
+        Raises:
+            TemplateError: the template refuses or drops a role, or writes the conversation differently where
+                a response is to follow.
+        """
+        before, text = self.text(messages, tools), self.text(messages, tools, prompts=True)
+        if not text.startswith(before):
+            raise self._error("writes a conversation differently where a response is to follow")
+        contents = self._contents(messages, tools, before)
+        self._refuse_dropped(messages, tools, before, contents)
+        return Rendered(text, contents, {})
+
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        prompts: bool = False,
+    ) -> str:
+        """What the template makes of messages; with ``prompts`` up to where a response begins.
+
+        Raises:
+            TemplateError: the template raises.
+        """
+        return self._text(messages, tools, prompts=prompts)[0]
+
+    def generation_blocks(self, messages: Sequence[Mapping[str, Any]]) -> list[Span]:
+        """The places that the template marks as generated.
+
+        Raises:
+            TemplateError: the template raises.
+        """
+        return self._text(messages, None, tracks=True)[1]
+
     @cached_property
     def marks_generation(self) -> bool:
         """Whether the template itself says what the model writes."""
@@ -182,8 +224,7 @@ class ChatTemplate:
             TemplateError: it does.
         """
         for index, message in enumerate(messages):
-            core = message["content"].strip()
-            if core and contents[index] is None and core not in text:
+            if message["content"].strip() and contents[index] is None:  # its text may stand elsewhere
                 self._refuse_without_effect(messages, tools, text, index, "content")
             if message.get("tool_calls"):
                 self._refuse_without_effect(messages, tools, text, index, "tool_calls")
@@ -279,7 +320,12 @@ def _found(text: str, core: str, start: int, stop: int) -> Span | None:
 
 
 def load_chat_template(
-    chat_template: str | None, own: str | None, special_tokens: Mapping[str, str], tokenizer_model: str
+    chat_template: str | None,
+    own: str | None,
+    special_tokens: Mapping[str, str],
+    tokenizer_model: str,
+    *,
+    flag: str = "--sft-chat-template",
 ) -> ChatTemplate:
     """Find a template and check that it can be used.
 
@@ -288,6 +334,7 @@ def load_chat_template(
         own: Jinja text of the tokenizer's.
         special_tokens: of the tokenizer.
         tokenizer_model: for messages.
+        flag: that ``chat_template`` is given with, for messages.
 
     Raises:
         TokenizerError: the tokenizer has none, there is no such file, it is no Jinja, writes the current
@@ -297,7 +344,7 @@ def load_chat_template(
     if chat_template is None:
         if own is None:
             raise TokenizerError(
-                f"{tokenizer_model} has no chat template; give --sft-chat-template with one of {shipped}, "
+                f"{tokenizer_model} has no chat template; give {flag} with one of {shipped}, "
                 "or with a Jinja file"
             )
         name, source = "tokenizer", own
@@ -311,13 +358,15 @@ def load_chat_template(
             source = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(
-                f"--sft-chat-template {chat_template}: cannot be read ({error}); shipped are {shipped}"
+                f"{flag} {chat_template}: cannot be read ({error}); shipped are {shipped}"
             ) from error
-    _check(name, source, special_tokens, tokenizer_model)
+    _check(name, source, special_tokens, tokenizer_model, flag)
     return ChatTemplate(name, source, special_tokens)
 
 
-def _check(name: str, source: str, special_tokens: Mapping[str, str], tokenizer_model: str) -> None:
+def _check(
+    name: str, source: str, special_tokens: Mapping[str, str], tokenizer_model: str, flag: str
+) -> None:
     from jinja2 import meta
     from jinja2.exceptions import TemplateSyntaxError
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -330,7 +379,7 @@ def _check(name: str, source: str, special_tokens: Mapping[str, str], tokenizer_
     if "strftime_now" in variables or "strftime_now" in source:
         raise TokenizerError(
             f"the chat template {name} writes the current date, so no two runs would write the same; save a "
-            "copy with a fixed date and give that with --sft-chat-template FILE.jinja"
+            f"copy with a fixed date and give that with {flag} FILE.jinja"
         )
     missing = sorted(
         variable

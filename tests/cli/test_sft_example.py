@@ -38,6 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def perplexity_of(folder: Path) -> float:
+    """Of the run on its held-out conversations, as ``tools/evaluate.py`` has it."""
+    from megatron_tokedit.cli.evaluate import main
+
+    output = folder / "perplexity.json"
+    data = f"heldout={folder}/heldout_sft_document"
+    arguments = ["--checkpoint", str(folder / "run"), "--data", data, "--output", str(output)]
+    assert main(["perplexity", "--quiet", "--no-board", *arguments]) == 0
+    return json.loads(output.read_text())["checkpoints"][0]["domains"][0]["perplexity"]
+
+
 def test_the_example_from_raw_conversations_to_a_checkpoint(folder: Path) -> None:
     example = [
         "examples/tiny_sft_cpu.yaml", f"run_dir={folder}/run", f"init_from.checkpoint={folder}/base",
@@ -61,6 +72,8 @@ def test_the_example_from_raw_conversations_to_a_checkpoint(folder: Path) -> Non
     assert sum(step["response_tokens"] for step in steps) == 6107
     state = json.loads((folder / "run/checkpoints/step_00000008/state.json").read_text())
     assert "message['role']" in state["chat_template"]
+    validation = read_metrics(folder / "run", "validation")[-1]["heldout"]
+    assert perplexity_of(folder) == pytest.approx(validation["perplexity"], rel=1e-4)
     short = train(*example, f"run_dir={folder}/short", "model.seq_length=64", "--dry-run", code=1)
     assert "119 of 240 conversations have more than model.seq_length + 1 = 65 tokens" in short
     assert "data.validation.0 (heldout)" in short, "all faults are told together"

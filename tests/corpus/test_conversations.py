@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_tokedit.corpus import BadRecord, ConversationLayout, Message, plan_units, read_unit
-from megatron_tokedit.corpus.conversations import Conversation, parse_conversation
+from megatron_tokedit.corpus.conversations import Conversation, num_utf8_bytes, parse_conversation
 from megatron_tokedit.errors import DataFormatError
 
 HI = (Message("user", "hi"), Message("assistant", "hello"))
@@ -126,6 +126,16 @@ def test_named_keys():
 def test_what_is_wrong_with_a_record_is_said(record, reason):
     with pytest.raises(BadRecord, match=reason):
         parse_conversation(record)
+
+
+@pytest.mark.parametrize("where", ["content", "name", "tool_calls", "tools"])
+def test_half_a_surrogate_pair_is_found_wherever_a_template_may_write_it(where):
+    value = [{"function": {"name": "\ud800"}}] if where.startswith("tool") else "\ud800"
+    message = {"role": "user", "content": "q"} | ({} if where == "tools" else {where: value})
+    record = {"messages": [message, {"role": "assistant", "content": "a"}]}
+    conversation = parse_conversation(record | ({"tools": value} if where == "tools" else {}))
+    with pytest.raises(BadRecord, match="half of a surrogate pair"):
+        num_utf8_bytes(conversation)
 
 
 def test_a_forced_layout_is_not_guessed():

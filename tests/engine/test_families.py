@@ -25,6 +25,7 @@ PUBLISHED = {
     "olmo_237m": 237_240_320,
     # by hand; the tokenizer has 1024 pieces
     "tiny_cpu": 328_256,  # 2 x 1024 x 64 + 4 x (12288 + 3 x 64 x 192 + 128) + 64
+    "tiny_sft_cpu": 328_256,  # fine-tunes tiny_cpu
     "tiny_moe_cpu": 575_040,  # 2 x 1024 x 64 + 4 x (12288 + 4 x 3 x 64 x 128 + 4 x 64 + 128) + 64
 }
 
@@ -82,7 +83,9 @@ def test_example_has_the_published_size(ranks, name):
     assert built == counted + (padded * 768 if name == "gpt2_124m" else 0)
 
 
-OTHERS = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml"))
+OTHERS = sorted(
+    str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "collapse"
+)
 
 
 @pytest.mark.parametrize("name", OTHERS)

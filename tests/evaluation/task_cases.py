@@ -22,6 +22,8 @@ CHOICES = [
     {"question": "far too long for the model " * 30, "choices": [" yes", " no", " yes and no"], "answer": 1},
     {"question": "nearly " * 24, "choices": [" too long or so", " too long", " not"], "answer": 1},
 ]
+CHOICES_FOR_HF = [case for case in CHOICES if case["question"] != "   "]
+"""Without what `hf` fails at with an assertion: a context of spaces, for a tokenizer without BOS."""
 TEXTS = ["One text.", "Two  words\n", "\u4f60\u597d \U0001f600", "Some text that goes on and on. " * 12, "a"]
 STARTS = ["The river", "It falls into the", "Long ago, " * 40, "x"]
 
@@ -105,20 +107,24 @@ def adapter(model: Any, folder: Path | None = None) -> Any:
     return ProjectLM(model, answers=AnswerLog(folder, model.fingerprint))
 
 
-def run(lm: Any, tasks: Path) -> dict[str, Any]:
-    """Metrics, and answers a task: a list a document."""
+def run(lm: Any, tasks: Path, **changes: Any) -> dict[str, Any]:
+    """Metrics, and a task's contexts and answers: a list a document."""
     from megatron_tokedit.evaluation.tasks.catalog import load_tasks
     from megatron_tokedit.evaluation.tasks.harness import prepare, run_tasks, silence
     from megatron_tokedit.evaluation.tasks.settings import TaskSettings
 
     with silence():
         loaded = load_tasks([str(tasks)])
-    settings = TaskSettings(bootstrap_iters=100)
+    settings = TaskSettings(**{"bootstrap_iters": 100, **changes})
     prepare(loaded, settings)
     outcome = run_tasks(lm, loaded, settings)
     assert outcome is not None
     return {
         "scores": {(t.task, s.metric): (s.value, s.stderr) for t in outcome.tasks for s in t.scores},
+        "contexts": {
+            task: {sample["doc_id"]: sample["arguments"] for sample in samples}
+            for task, samples in outcome.samples.items()
+        },
         "answers": {
             task: [[r[0] for r in sample["resps"]] for sample in sorted(samples, key=lambda s: s["doc_id"])]
             for task, samples in outcome.samples.items()

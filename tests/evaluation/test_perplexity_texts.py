@@ -193,7 +193,7 @@ def test_a_tokenizer_that_writes_bos_gets_no_second_one(folder: Path, tmp_path: 
         tmp_path / "out.json", "--checkpoint", folder / "template", "--data", f"t={folder}/texts.jsonl"
     )
     entry = content["checkpoints"][0]
-    assert entry["scoring"]["start_id"] is None
+    assert entry["scoring"]["start_ids"] == [None]
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder / "template"))
     ids = [tokenizer.encode(text) for text in TEXTS]
     assert entry["domains"][0]["num_scored_tokens"] == sum(len(i) - 1 for i in ids)
@@ -283,3 +283,35 @@ def test_a_dataset_without_manifest_has_no_known_words(
         main(["perplexity", "--checkpoint", f"{folder}/gpt2", "--data", f"d={prefix}", "--per", "byte"]) == 1
     )
     assert "--per byte: the bytes of the data are not known" in capsys.readouterr().err
+
+
+def test_nothing_stands_before_a_conversation_as_in_fine_tuning(folder: Path, tmp_path: Path) -> None:
+    """Beside texts, which follow BOS; the longest conversation fills the model's positions."""
+    tokenizer = load_tokenizer("SentencePieceTokenizer", str(folder / "spm.model"))
+
+    def num_tokens(reply: str) -> int:
+        return len(tokenizer.encode_chat(f"<|user|>\nWhere?\n<|assistant|>\n{reply}</s>\n", []).ids_T)
+
+    long = next(reply for n in range(99) if num_tokens(reply := "hills" + " e" * n) >= 128)
+    long += "" if num_tokens(long) == 129 else "e"
+    talks = [{"prompt": "Where?", "response": reply} for reply in ("In the hills.", long)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    code = preprocess([
+        "--quiet", "--format", "sft", "--sft-chat-template", "tulu", "--input", str(tmp_path / "talks.jsonl"),
+        "--output-prefix", str(tmp_path / "d"), "--edit-strategy", "none", "--workers", "1",
+        "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(folder / "spm.model"),
+    ])  # fmt: skip
+    assert code == 0
+    domain = DatasetDomain("talks", f"{tmp_path}/d_sft_document")
+    conversations = list(domain.documents(None))
+    assert max(len(ids) for ids, _ in conversations) == 129, "the last token is no input"
+    data = [f"talks={tmp_path}/d_sft_document", f"texts={folder}/texts.jsonl"]
+    content = evaluate(tmp_path / "out.json", "--checkpoint", folder / "llama", "--data", *data)
+    entry = content["checkpoints"][0]
+    assert entry["scoring"]["start_ids"] == [None, tokenizer.bos]
+    expected = 0.0
+    for ids, counts in conversations:
+        rows = logprobs(folder / "llama", ids.tolist())
+        expected -= sum(np.array(rows)[counts[1:]])
+    assert entry["domains"][0]["num_scored_tokens"] == sum(counts.sum() for _, counts in conversations)
+    assert entry["domains"][0]["nll_nats"] == pytest.approx(expected, rel=1e-5)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from megatron_tokedit.errors import ConfigError, DataFormatError
 from megatron_tokedit.testing.ranks import RankPool
@@ -36,15 +39,11 @@ def write_model(folder: Path, kind: str) -> Path:
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod}
     write_hf_llama(folder, vocab_size=tokenizer.vocab_size + 3, **ids)
     write_tokenizer(tokenizer, folder, tokenizer.bos)
-    # it writes no single bytes: tokenizers and sentencepiece decode what is no UTF-8 differently
+    # transformers also writes ids that no token has
     weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][[i for i in range(tokenizer.vocab_size) if is_byte(tokenizer, i)]] = 0.0
+    weights["lm_head.weight"][tokenizer.vocab_size :] = 0.0
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def is_byte(tokenizer: Any, id_: int) -> bool:
-    return bool(tokenizer._processor.is_byte(id_))
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +120,85 @@ def test_tensor_parallel(
     assert_same(first, expected["bpe"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "pieces"])
 def test_lm_evals_own_model(
-    published: dict[str, Path], tmp_path: Path, expected: dict[str, Any], kind: str
+    ranks: RankPool, published: dict[str, Path], converted: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    """Without what `hf` fails at with an assertion: a context of spaces, for a tokenizer without BOS."""
+    """A folder and a checkpoint score as the folder does through lm-eval's own model."""
     pytest.importorskip("accelerate", reason="lm-eval's model hf needs it")
     from megatron_tokedit.evaluation.tasks.huggingface import load_lm_eval_model
     from megatron_tokedit.evaluation.tasks.model import ModelOptions
 
-    choices = [case for case in task_cases.CHOICES if case["question"] != "   "]
+    folder = published["sentencepiece" if kind == "pieces" else kind]
+    tasks = task_cases.write_tasks(tmp_path / "local", task_cases.CHOICES_FOR_HF)
+    theirs = task_cases.run(load_lm_eval_model(str(folder), ModelOptions()), tasks)
+    if kind in KINDS:
+        assert_same(task_cases.evaluate(folder, tasks), theirs)
+    (found,) = ranks.run(task_cases.evaluate, converted[kind], tasks, world_size=1)
+    assert_same(found, theirs)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_few_shot_examples(
+    published: dict[str, Path], tmp_path: Path, seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same examples before a question, and the same scores, as by lm-eval's own ``simple_evaluate``."""
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    from megatron_tokedit.evaluation.tasks.harness import silence
+    from megatron_tokedit.evaluation.tasks.model import ModelOptions, load_task_model
+
+    choices = [
+        {"question": f"{i} and", "choices": [f" {i}", " one", " two"], "answer": i % 3} for i in range(9)
+    ]
     tasks = task_cases.write_tasks(tmp_path / "local", choices)
-    theirs = task_cases.run(load_lm_eval_model(str(published[kind]), ModelOptions()), tasks)
-    assert_same(task_cases.evaluate(published[kind], tasks), theirs)
+    path = tasks / "choices.yaml"
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    reference = task_cases.reference(published["bpe"])
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # seconds
+    with silence():
+        expected = evaluator.simple_evaluate(
+            reference,
+            tasks=[str(path)],
+            task_manager=TaskManager(include_defaults=False),
+            num_fewshot=2,
+            bootstrap_iters=100,
+            **({} if seed is None else dict.fromkeys(seeds, seed)),
+        )
+    lm = task_cases.adapter(load_task_model(str(published["bpe"]), ModelOptions()))
+    found = task_cases.run(lm, path, num_fewshot=2, seed=seed)
+    contexts = {sample["doc_id"]: sample["arguments"] for sample in expected["samples"]["local_choices"]}
+    assert found["contexts"]["local_choices"] == contexts
+    assert all(str(arguments).count(" and") == 9 for arguments in contexts.values())
+    for (task, metric), (value, _) in found["scores"].items():
+        assert value == expected["results"][task][f"{metric},none"]
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_texts_of_any_ids(published: dict[str, Path], data: st.DataObject) -> None:
+    """A sentencepiece model's texts are those of its Hugging Face folder, runs of single bytes included."""
+    from megatron_tokedit.evaluation.tasks.encoding import TextEncoder
+    from megatron_tokedit.tokenizers import load_tokenizer
+
+    source = conversion_cases.DATA / "tiny_sentencepiece.model"
+    pieces = load_tokenizer("SentencePieceTokenizer", str(source))
+    space, first = 0x20 + 5, 5  # of <0x20> and <0x00>
+    assert pieces.decode([space]) == " "
+    single = st.integers(first, first + 255)
+    ids = data.draw(st.lists(single | st.integers(0, pieces.vocab_size - 1), min_size=1, max_size=12))
+    shown = [i for i in ids if i not in pieces.special_ids - pieces.spellable_ids]
+    assume(shown[:1] != [space])  # transformers takes it for the space before a text
+    expected = transformers_tokenizer(published["sentencepiece"]).decode(ids, skip_special_tokens=True)
+    assert TextEncoder(pieces, pieces.bos).decode(ids) == expected
+
+
+@functools.cache
+def transformers_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def test_less_context(published: dict[str, Path], tasks: Path) -> None:

@@ -86,7 +86,9 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> li
     return [generator.integers(0, vocab_size, length).tolist() for length in lengths]
 
 
-def save_checkpoint(folder, model_config, tokenizer=None, *, vocab_size=None, start_id=..., standalone=False):
+def save_checkpoint(
+    folder, model_config, tokenizer=None, *, vocab_size=None, start_id=..., standalone=False, more=None
+):
     """A checkpoint with random weights, as training would write it."""
     from megatron_tokedit.config.sections import ParallelConfig, PrecisionConfig
     from megatron_tokedit.engine import checkpoint
@@ -99,7 +101,7 @@ def save_checkpoint(folder, model_config, tokenizer=None, *, vocab_size=None, st
     parallel, precision = ParallelConfig(), PrecisionConfig(recipe="fp32")
     ctx = initialize(parallel, seed=3, device="cpu", cpu_threads=1, standalone=standalone)
     model = build_model(model_config, precision, ctx, vocab_size, parallel=parallel, wrap_with_ddp=False)
-    state = {"step": 1, "vocab_size": vocab_size}
+    state = {"step": 1, "vocab_size": vocab_size} | (more or {})
     if loaded is not None:
         state["tokenizer"] = tokenizer_spec(loaded)
     if start_id is not ...:

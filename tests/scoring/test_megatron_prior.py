@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 import pytest
 
+from megatron_tokedit.config.preprocess import preprocess_config
 from megatron_tokedit.engine import inference, preflight
 from megatron_tokedit.errors import ConfigError, PriorError
 from megatron_tokedit.pipeline import resources
@@ -197,7 +198,11 @@ class FakeTokenizer:
 )
 def test_the_id_before_each_window(run_folder, start_id, tokenizer, want):
     identity = dataclasses.replace(identify_prior(str(run_folder)), start_id=start_id)
-    assert resources._start_id(tokenizer, identity) == want
+    config = preprocess_config(
+        {"input": ["FILE"], "output_prefix": "PREFIX", "prior": str(run_folder)}
+        | {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "MODEL"}
+    )
+    assert resources._start_id(config, tokenizer, identity, None) == want
 
 
 def test_a_checkpoint_is_a_prior(ranks, tmp_path):

@@ -95,7 +95,7 @@ def test_ties_at_the_last_place_go_to_the_lowest_id():
     torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, ids.long()))
 
 
-@pytest.mark.parametrize(("context", "overlap"), [(9, 3), (8, 8), (8, 0)])
+@pytest.mark.parametrize(("context", "overlap"), [(10, 3), (8, 8), (8, 0)])
 def test_impossible_windows_are_refused(context, overlap):
     backbone = BigramBackbone(random_bigrams(VOCAB, seed=2), max_context_tokens=8)
     with pytest.raises(ConfigError, match=r"prior_context|prior_overlap"):

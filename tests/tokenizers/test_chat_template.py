@@ -117,6 +117,11 @@ def test_a_template_without_prompt_for_the_response():
             r"does not show messages of the role system \(message 0\)",
         ),
         (
+            "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}{% endfor %}",
+            [{"role": "system", "content": "Fin"}, USER, ASSISTANT],  # the response begins with it
+            r"does not show messages of the role system \(message 0\)",
+        ),
+        (
             "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}",
             [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}],
             r"does not show tool calls of the role assistant \(message 1\)",

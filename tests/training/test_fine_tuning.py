@@ -21,6 +21,8 @@ from fine_tuning_cases import (
 from training_cases import SPEC, write_dataset
 
 from megatron_tokedit.config.load import load_config
+from megatron_tokedit.dataset import read_manifest, sha256_of_file, write_manifest
+from megatron_tokedit.dataset.sources import inspect_sources
 from megatron_tokedit.errors import ConfigError, DataFormatError
 from megatron_tokedit.testing.ranks import RankFailure, RankPool
 from megatron_tokedit.training.length import with_train_steps
@@ -231,6 +233,27 @@ def test_a_dataset_without_a_mask_or_with_another_ones(base: Path, tmp_path: Pat
     ids = [ids for ids, _ in conversations]
     write_conversations(tmp_path / "more", [(row, [2] * len(row)) for row in ids])
     assert "a loss mask is 0 or 1" in refused(config)
+
+
+def test_a_mask_of_the_same_lengths_that_the_manifest_does_not_name(base: Path, tmp_path: Path) -> None:
+    config = write_sft(tmp_path, base)
+    manifest = read_manifest(str(tmp_path / "more"))
+    assert manifest is not None
+    checksums = manifest.checksums | {"loss_mask.bin": sha256_of_file(tmp_path / "more_loss_mask.bin")}
+    write_manifest(str(tmp_path / "more"), manifest.model_copy(update={"checksums": checksums}))
+    assert with_train_steps(load_config(config), SPEC).training.train_steps
+    mask = tmp_path / "more_loss_mask.bin"
+    mask.write_bytes(bytes([1]) * mask.stat().st_size)
+    assert "more_loss_mask.bin is not the mask that the dataset's manifest names" in refused(config)
+
+
+def test_pretraining_on_conversations_is_warned_of(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(write_sft(tmp_path, base))
+    for sft in (config.sft, None):
+        inspect_sources(config.data, tokenizer_spec=SPEC, seq_length=ROW, sft=sft)
+        assert ("outside of stage sft its loss mask is not used" in caplog.text) == (sft is None)
 
 
 def test_one_template_for_all_training_conversations(ranks: RankPool, base: Path, tmp_path: Path) -> None:

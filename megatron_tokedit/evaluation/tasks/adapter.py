@@ -34,7 +34,7 @@ OnRequests = Callable[[str, int, int], None]
 """Told (kind of request, how many are to be answered, how many of them were just now); 0 at the start."""
 
 
-class ProjectLM(LM):  # type: ignore[misc]
+class ProjectLM(LM):
     """An lm-eval model over a checkpoint or a Hugging Face folder.
 
     Args:
@@ -155,7 +155,8 @@ class ProjectLM(LM):  # type: ignore[misc]
                 tokens_at_once=_FORWARDS_AT_ONCE * self._model.batch_tokens,
                 on_answers=keep,
             )
-        return [(float(value), bool(is_greedy)) for value, is_greedy in map(self._answers.get, keys)]
+        answers: list[Any] = [self._answers.get(key) for key in keys]
+        return [(float(value), bool(is_greedy)) for value, is_greedy in answers]
 
     def _write(self, wanted: Sequence[WriteRequest]) -> list[str]:
         """The texts that are wanted; those that are known already are not written."""
@@ -174,13 +175,28 @@ class ProjectLM(LM):  # type: ignore[misc]
     def _write_alike(
         self, places: Sequence[int], wanted: Sequence[WriteRequest], keys: Sequence[str], total: int
     ) -> None:
-        """Write texts of the same settings, the longest contexts first."""
+        """Write texts of the same settings, the longest contexts first.
+
+        A text that ended at a stop text which its ids, decoded at once, do not have (a byte in a run that is
+        no UTF-8) is written again without an early end.
+        """
         settings = wanted[places[0]].settings
-        ordered = sorted(places, key=lambda i: -len(wanted[i].context))
-        prompts = [Prompt(wanted[i].context, range(wanted[i].sample, wanted[i].sample + 1)) for i in ordered]
-        for i, completion in zip(ordered, self._model.write(prompts, settings), strict=True):
-            self._answers.add([(keys[i], answer_of(completion, self._model.encoder, settings))])
-            self._tell("generate_until", total, 1)
+        to_the_end = replace(settings, stop_texts=())
+        ordered, rounds = sorted(places, key=lambda i: -len(wanted[i].context)), [settings, to_the_end]
+        for how in rounds:
+            prompts = [
+                Prompt(wanted[i].context, range(wanted[i].sample, wanted[i].sample + 1)) for i in ordered
+            ]
+            again = []
+            for i, completion in zip(ordered, self._model.write(prompts, how), strict=True):
+                text, is_cut = answer_of(completion, self._model.encoder, settings)
+                if completion.finish == "stop" and not is_cut:
+                    again.append(i)
+                    continue
+                self._answers.add([(keys[i], text)])
+                self._tell("generate_until", total, 1)
+            if not (ordered := again):
+                return
 
     def _missing(self, keys: Sequence[str]) -> list[int]:
         """Where the questions that have no answer yet stand first."""

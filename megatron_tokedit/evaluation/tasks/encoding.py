@@ -3,12 +3,14 @@
 Invariant: the ids are those of lm-eval's model ``hf`` on the model's Hugging Face folder, whatever the
 checkpoint's format: contexts and continuations are encoded together, so that the border between them is a
 border between tokens where that is possible, and spaces at the end of a context belong to the continuation.
+Texts of ids are those of the same folder's tokenizer, also where the bytes of ids are no UTF-8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from megatron_tokedit.errors import DataFormatError
@@ -16,6 +18,8 @@ from megatron_tokedit.tokenizers import Tokenizer
 
 DocumentStart = Literal["auto", "always", "never"]
 _TEXTS_AT_ONCE = 1024
+_NEVER_ALONE = 0x80
+"""A byte that is no character, and begins none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,9 @@ class TextEncoder:
         known = (start_id, tokenizer.bos, tokenizer.eod)
         self.prefix_id = next(i for i in known if i is not None)
         self._start_ids = tokenizer.prefix_ids
+        self._hidden_ids = _hidden_ids(tokenizer)
+        self._byte_of_id = _single_bytes(tokenizer)
+        self._invalid_byte_id = next((i for i, byte in self._byte_of_id.items() if byte == _NEVER_ALONE), 0)
         if document_start == "never":
             self._start_ids = ()
         elif document_start == "always":
@@ -91,8 +98,21 @@ class TextEncoder:
         return pairs
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids alone, without control tokens."""
-        return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.special_ids])
+        """The text of ids alone, without control tokens.
+
+        Where a run of pieces for single bytes is no UTF-8, each of its bytes is U+FFFD, as in transformers;
+        sentencepiece keeps the whole characters in it.
+        """
+        shown = [i for i in ids if i not in self._hidden_ids]
+        if not self._byte_of_id:
+            return self.tokenizer.decode(shown)
+        known: list[int] = []
+        for is_byte, run in groupby(shown, key=self._byte_of_id.__contains__):
+            run_ids = list(run)
+            if is_byte and not _is_text(bytes(self._byte_of_id[i] for i in run_ids)):
+                run_ids = [self._invalid_byte_id] * len(run_ids)
+            known += run_ids
+        return self.tokenizer.decode(known)
 
     def _without_template(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         prefix, suffix = self.tokenizer.prefix_ids, self.tokenizer.suffix_ids
@@ -106,6 +126,33 @@ class TextEncoder:
 def _pair(ids: tuple[int, ...], context_size: int) -> Pair | None:
     """The ids cut in two; None: there is nothing behind the context."""
     return Pair(ids[:context_size], ids[context_size:]) if len(ids) > context_size else None
+
+
+def _hidden_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Control ids; a sentencepiece model's user-defined pieces are text, as in its Hugging Face folder."""
+    if tokenizer.tokenizer_type != "SentencePieceTokenizer":
+        return tokenizer.special_ids
+    control = tokenizer.special_ids - tokenizer.spellable_ids
+    return frozenset(i for i in control if tokenizer.decode([i]).strip())
+
+
+def _single_bytes(tokenizer: Tokenizer) -> dict[int, int]:
+    """Ids of a sentencepiece model's pieces ``<0x00>`` to ``<0xFF>``, which follow one another."""
+    if tokenizer.tokenizer_type != "SentencePieceTokenizer":
+        return {}
+    parts = {bytes_[0]: id_ for id_, bytes_ in tokenizer.incomplete_utf8.items()}
+    if _NEVER_ALONE not in parts:
+        return {}
+    first = parts[_NEVER_ALONE] - _NEVER_ALONE
+    return {first + byte: byte for byte in range(256)}
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -166,13 +166,12 @@ def _scores(metrics: dict[str, Any], better: dict[str, Any]) -> tuple[Score, ...
         if not isinstance(value, int | float | np.number):
             continue
         stderr = metrics.get(f"{metric}{_STDERR},{filter_name}")
-        has_stderr = isinstance(stderr, int | float | np.number)
         scores.append(
             Score(
                 metric=metric,
                 filter=filter_name,
                 value=float(value),
-                stderr=float(stderr) if has_stderr else None,
+                stderr=float(stderr) if isinstance(stderr, int | float | np.number) else None,
                 higher_is_better=better.get(metric),
             )
         )

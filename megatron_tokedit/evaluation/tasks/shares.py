@@ -34,7 +34,8 @@ class Shares:
 
     def __init__(self, rank: int, count: int, store: dist.Store | None = None) -> None:
         self.rank, self.count = rank, count
-        self._store, self._num_calls = store, 0
+        self._store: Any = store  # torch's stubs know no bytes as values
+        self._num_calls = 0
 
     def gather(self, thing: Any) -> list[Any]:
         """Everybody's, in the order of ranks. Collective."""

@@ -89,9 +89,9 @@ def settings_of(
     )
 
 
-def answer_of(completion: Completion, encoder: TextEncoder, settings: GenerationSettings) -> str:
-    """The text that a task is given: of the new ids alone, up to the first of the stop texts."""
-    text = encoder.decode(completion.ids)
+def answer_of(completion: Completion, encoder: TextEncoder, settings: GenerationSettings) -> tuple[str, bool]:
+    """The text that a task is given, of the new ids alone, and whether a stop text was cut off it."""
+    whole = text = encoder.decode(completion.ids)
     for stop in settings.stop_texts:
         text = text.split(stop)[0]
-    return text
+    return text, text != whole
