@@ -34,7 +34,7 @@ TOKENIZER_TYPE = "HuggingFaceTokenizer"
 EDIT = {"edit-strategy": "up_revise", "edit-threshold": 0.99, "edit-sampler": "top_k", "edit-top-k": 8}
 """The paper's edit: p >= 0.99 is drawn again from the 8 best candidates, at the temperature 1.5 of the
 authors' README, which is the preset's default."""
-TOY_EDIT = {**EDIT, "edit-threshold": 0.3}
+TOY_EDIT = {**EDIT, "edit-threshold": 0.2}
 """A toy model is hardly ever as sure as 0.99."""
 TOY_SEQ_LENGTH = 128
 TOY_ROWS = 4
