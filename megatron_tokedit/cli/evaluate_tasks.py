@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_tokedit.cli.main import GOES_ON, add_common_arguments
 from megatron_tokedit.config.load import load_config
@@ -148,22 +150,41 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     _take_run(arguments)
     try:
-        with ExitStack() as stack:
-            replica = _join_replica(arguments)
-            if replica is not None:
-                stack.enter_context(replica)
-                if not replica.leads:
-                    from megatron_tokedit.evaluation.tasks.model import follow_tasks
-
-                    follow_tasks(replica)
-                    return
-            from megatron_tokedit.cli.evaluate_tasks_models import evaluate_all
-
-            evaluate_all(arguments, replica)
+        _evaluate_or_follow(arguments)
     except KeyboardInterrupt:
         if arguments.output:
             raise KeyboardInterrupt(GOES_ON) from None
         raise
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_at_once()
+
+
+def _evaluate_or_follow(arguments: argparse.Namespace) -> None:
+    """Do everything, or, in a process that shares a checkpoint with the one that does, its part."""
+    with ExitStack() as stack:
+        replica = _join_replica(arguments)
+        if replica is not None:
+            stack.enter_context(replica)
+            if not replica.leads:
+                from megatron_tokedit.evaluation.tasks.model import follow_tasks
+
+                follow_tasks(replica)
+                return
+        from megatron_tokedit.cli.evaluate_tasks_models import evaluate_all
+
+        evaluate_all(arguments, replica)
+
+
+def _end_at_once() -> NoReturn:
+    """End one of torchrun's processes without what the libraries do at exit.
+
+    With those of lm-eval beside gloo's threads every third pair of processes aborted there ("terminate called
+    without an active exception"), and torchrun then calls an evaluation failed that is complete.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _check(arguments: argparse.Namespace) -> None:
