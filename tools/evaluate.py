@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate checkpoints: perplexity over named domains. See `tools/evaluate.py --help`."""
+"""Evaluate checkpoints: perplexity by domain, and lm-eval's tasks. See `tools/evaluate.py --help`."""
 
 import sys
 

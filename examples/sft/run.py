@@ -184,7 +184,7 @@ def main() -> None:
     os.chdir(ROOT)  # so that the commands below read as they would be typed there
     stages = Stages(out)
     text, data, model_file = out / "text", out / "data", out / "tokenizer" / "tokenizer.model"
-    max_bytes = 200_000 if arguments.smoke else arguments.max_bytes
+    max_bytes = 400_000 if arguments.smoke else arguments.max_bytes
     short = SMOKE if arguments.smoke else []
     stamp = [[str(path), path.stat().st_mtime_ns] for path in base_files]
     stamp += [[str(path), path.stat().st_mtime_ns] for paths in sets.values() for path in paths]

@@ -57,6 +57,8 @@ def check(name: str, domains: tuple[str, ...], out: Path, *arguments: object) ->
     return done.stdout
 
 
+@pytest.mark.stress
+@pytest.mark.timeout(900)
 def test_llama_on_a_domain_of_ones_own(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

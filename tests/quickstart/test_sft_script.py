@@ -1,0 +1,59 @@
+"""``examples/sft/run.py``: original against edited responses, from conversations to a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "examples/sft/run.py", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        timeout=900,
+        check=False,
+    )
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(1800)
+def test_from_conversations_to_a_table(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--smoke", "--output-dir", out, "--threshold", 0.001)
+    arguments += ("--instructions", "docs=examples/tiny_cpu/chats.jsonl")
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((out / "docs.json").read_text())
+    base, original, edited = results["table"][0]["perplexity"]
+    assert original < base, "fine-tuning pays"
+    assert edited > original, "a prior that knows nothing drew nearly all responses again"
+    statistics = json.loads((out / "data" / "docs" / "edited_sft_document.stats.json").read_text())
+    assert statistics["edit"]["changed"] > 0
+    assert (out / "responses.png").read_bytes().startswith(b"\x89PNG")
+    assert f"| {base:.3f} | {original:.3f} | {edited:.3f} |" in (out / "report.md").read_text()
+    assert "$ " not in run(*arguments).stdout, "nothing is run a second time"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--instructions", "a=nowhere.jsonl"), "no such file: "),
+        (("--instructions", "a"), "expected NAME=FILE"),
+        (("--instructions", "a=x.jsonl", "--keys", "b:prompt=q"), "no instruction set is named b"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
