@@ -123,3 +123,9 @@ def test_no_rooms_without_a_name_of_their_own() -> None:
     names = {p.name for p in package_files()}
     assert not names & {"utils.py", "helpers.py", "misc.py", "common.py"}
     assert {room_of(p) for p in package_files()} <= {*MAY_IMPORT, "__init__"}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """They are top-level modules to pytest and to the ranks that tests start."""
+    names = [path.stem for path in (ROOT / "tests").rglob("*.py") if path.stem != "conftest"]
+    assert sorted(names) == sorted(set(names))
