@@ -17,13 +17,13 @@ from megatron_tokedit import log
 from megatron_tokedit.cli.evaluate_board import append_to_board
 from megatron_tokedit.cli.evaluate_checkpoints import measure, prepare
 from megatron_tokedit.cli.evaluate_domains import given_domains, open_domains
+from megatron_tokedit.cli.evaluate_run import add_checkpoint_arguments, take_checkpoint
 from megatron_tokedit.cli.main import add_common_arguments
 from megatron_tokedit.cli.train_report import known_sources
 from megatron_tokedit.config.load import load_config
 from megatron_tokedit.config.sections import RunConfig
 from megatron_tokedit.dataset import AtomicFile, atomic_write_bytes
 from megatron_tokedit.dataset.sources import dataset_exists
-from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import ConfigError, DataFormatError
 
 if TYPE_CHECKING:
@@ -46,20 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(usage_error=parser.error)
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        metavar=("RUN.yaml", "section.field=value"),
-        help="a run and its overrides: gives --checkpoint, --data and --output where they are not given",
-    )
-    parser.add_argument(
-        *("--checkpoint", "--checkpoints"),
-        dest="checkpoints",
-        nargs="+",
-        metavar="DIR",
-        help="run folders (their newest complete checkpoint), step folders, or Hugging Face model folders",
-    )
+    add_checkpoint_arguments(parser, gives="--checkpoint, --data and --output")
     _add_data_arguments(parser.add_argument_group("data"))
     _add_report_arguments(parser.add_argument_group("report"))
     _add_output_arguments(parser.add_argument_group("output"))
@@ -288,15 +275,5 @@ def _take_run(arguments: argparse.Namespace) -> dict[str, str]:
     path, *overrides = arguments.config
     config = load_config(path, overrides)
     prefixes = {} if arguments.data and not config.data.validation else _validation_prefixes(config)
-    arguments.device = arguments.device or config.runtime.device
-    if arguments.checkpoints is None:
-        folder = checkpoint_folder.require(Path(config.run_dir) / "checkpoints")
-        step = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)["step"]
-        arguments.checkpoints = [str(folder)]
-        arguments.output = arguments.output or str(evaluation_file(config.run_dir, step))
+    take_checkpoint(arguments, config, "perplexity")
     return prefixes
-
-
-def evaluation_file(run_dir: str, step: int) -> Path:
-    """Where the evaluation of a run's checkpoint is written to."""
-    return Path(run_dir) / "evaluation" / f"perplexity_step_{step}.json"

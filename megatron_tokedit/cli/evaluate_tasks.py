@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_tokedit.cli.evaluate_run import add_checkpoint_arguments, take_checkpoint
 from megatron_tokedit.cli.main import GOES_ON, add_common_arguments
 from megatron_tokedit.config.load import load_config
-from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,20 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(usage_error=parser.error)
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        metavar=("RUN.yaml", "section.field=value"),
-        help="a run and its overrides: gives --checkpoint and --output where they are not given",
-    )
-    parser.add_argument(
-        *("--checkpoint", "--checkpoints"),
-        dest="checkpoints",
-        nargs="+",
-        metavar="DIR",
-        help="run folders (their newest complete checkpoint), step folders, or Hugging Face model folders",
-    )
+    add_checkpoint_arguments(parser, gives="--checkpoint and --output")
     _add_task_arguments(parser.add_argument_group("tasks"))
     _add_output_arguments(parser.add_argument_group("output"))
     _add_model_arguments(parser.add_argument_group("model"))
@@ -219,13 +206,7 @@ def _take_run(arguments: argparse.Namespace) -> None:
         return
     path, *overrides = arguments.config
     config = load_config(path, overrides)
-    arguments.device = arguments.device or config.runtime.device
-    if arguments.checkpoints is None:
-        folder = checkpoint_folder.require(Path(config.run_dir) / "checkpoints")
-        step = checkpoint_folder.read_json(folder, checkpoint_folder.STATE_FILE)["step"]
-        arguments.checkpoints = [str(folder)]
-        output = Path(config.run_dir) / "evaluation" / f"tasks_step_{step}.json"
-        arguments.output = arguments.output or str(output)
+    take_checkpoint(arguments, config, "tasks")
 
 
 def _join_replica(arguments: argparse.Namespace) -> Replica | None:

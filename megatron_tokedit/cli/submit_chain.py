@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tokedit.cli.evaluate_perplexity import evaluation_file
+from megatron_tokedit.cli.evaluate_run import evaluation_file
 from megatron_tokedit.cli.train_report import RunProgress, find_progress, known_sources, look_at_units
 from megatron_tokedit.config.sections import RunConfig, SourceConfig
 from megatron_tokedit.config.slurm import (
