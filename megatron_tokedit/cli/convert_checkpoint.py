@@ -272,7 +272,7 @@ def _run(argv: Sequence[str]) -> None:
                 dtype=arguments.check_dtype,
             )
     logger.info(
-        "wrote %s: %.3f GB in %.1f s, %.2f GB/s; peak memory %.2f GB, %.2f GB of it before the first weight",
+        "wrote %s: %.3f GB in %.3f s, %.2f GB/s; peak memory %.2f GB, %.2f GB of it before the first weight",
         output,
         model.num_bytes / 1e9,
         seconds,
