@@ -50,11 +50,13 @@ setup(
             "gigatoken>=0.10,<1",  # the extra `fast`, so that its tests run
             "lm-eval>=0.4.13,<0.5",  # the extra `eval`, likewise
             "accelerate>=1,<2",
+            "sentence-transformers>=6,<7",  # the extra `embedding`, likewise
         ],
         # needs an NVIDIA GPU and CUDA 13: pip install --no-build-isolation -e ".[fp8]"; never without a GPU
         "fp8": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         # accelerate: lm-eval's own model `hf`, which --backend lm-eval compares with, imports it
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"],
+        "embedding": ["sentence-transformers>=6,<7"],  # analyze_corpus.py --embedding-model
         "fast": ["gigatoken>=0.10,<1"],
         "wandb": ["wandb>=0.17,<1"],
         "mlflow": ["mlflow>=2.14,<4"],

@@ -27,6 +27,8 @@ def draw_all(found: dict[str, Any]) -> dict[str, bytes]:
     if any((corpus.get("perplexity") or {}).get("by_document") for corpus in corpora):
         pictures["perplexity"] = _perplexity(corpora)
         pictures["token_probability"] = _token_probability(corpora)
+    if "embedding" in found:
+        pictures["embedding"] = _embedding(found["embedding"], corpora)
     if any(_survivals(pair) for pair in found["pairs"]):
         pictures["survival"] = _survival(found["pairs"], [corpus["name"] for corpus in corpora])
     return pictures
@@ -193,6 +195,22 @@ def _token_probability(corpora: list[dict[str, Any]]) -> bytes:
     axes.set_xlabel("probability that the prior gave the token")
     axes.set_ylabel("share of tokens")
     axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def _embedding(embedding: dict[str, Any], corpora: list[dict[str, Any]]) -> bytes:
+    figure, axes = _new(7.6, 5.6)
+    points = [np.array(entry["points"]) for entry in embedding["corpora"]]
+    size = float(np.clip(16000 / sum(map(len, points)), 6, 30))
+    for index, (mine, corpus) in enumerate(zip(points, corpora, strict=True)):
+        label = _label(corpus["name"])
+        axes.scatter(*mine.T, s=size, color=colour_of(index), alpha=0.55, lw=0, label=label)
+    axes.set_xlabel(f"first axis ({embedding['variance_shares'][0]:.0%} of the variance)")
+    axes.set_ylabel(f"second axis ({embedding['variance_shares'][1]:.0%})")
+    axes.set_aspect("equal", adjustable="datalim")
+    legend = axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5)
+    for handle in legend.legend_handles:
+        handle.set(alpha=1.0, sizes=[26])
     return _png(figure)
 
 

@@ -42,6 +42,7 @@ def as_page(found: dict[str, Any], pictures: dict[str, bytes]) -> str:
         report_sections.concentration,
         report_sections.diversity,
         report_sections.divergence,
+        report_sections.embedding,
         report_sections.bigrams,
         report_sections.pairs,
         report_sections.selection,

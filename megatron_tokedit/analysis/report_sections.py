@@ -164,6 +164,39 @@ def divergence(found: dict[str, Any], pictures: dict[str, bytes]) -> Iterator[st
     )
 
 
+def embedding(found: dict[str, Any], pictures: dict[str, bytes]) -> Iterator[str]:
+    """The map of documents."""
+    if (one := found.get("embedding")) is None:
+        return
+    yield f"<h2>Map of documents: {escape(Path(one['model']).name)}</h2>"
+    yield (
+        "<p>A dot is a document, placed by what the embedding model makes of its text "
+        f"(of its first {one['max_tokens']:,} tokens at most). Near dots are alike; the two axes show "
+        f"{sum(one['variance_shares']):.0%} of all differences, so dots that look near may be apart in "
+        "others. A corpus in a tight clump, with a smaller spread than the reference, says the same things "
+        "again and again, or has a narrow subject.</p>"
+    )
+    yield picture(pictures, "embedding", "Documents of all corpora, principal components of their vectors.")
+    rows = []
+    for index, (corpus, entry) in enumerate(zip(found["corpora"], one["corpora"], strict=True)):
+        cells = [
+            "-" if entry[key] is None else form.format(entry[key])
+            for key, form in (
+                ("spread", "{:.3f}"),
+                ("median_nearest_similarity", "{:.3f}"),
+                ("share_nearest_is_own", "{:.0%}"),
+            )
+        ]
+        rows.append([dot(index, corpus["name"]), f"{one['num_documents']:,}", *cells])
+    heads = ["corpus", "documents", "spread", "nearest, similarity", "nearest is its own"]
+    yield table(heads, rows)
+    yield (
+        '<p class="note">Spread: mean cosine distance of two documents. Nearest: median similarity to the '
+        "nearest other document of the corpus. Its own: of how many documents the nearest of all is of the "
+        f"same corpus; by chance {1 / len(rows):.0%}.</p>"
+    )
+
+
 def bigrams(found: dict[str, Any], pictures: dict[str, bytes]) -> Iterator[str]:
     """The commonest ones side by side."""
     del pictures

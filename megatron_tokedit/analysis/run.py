@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_tokedit.analysis import compare, dsir
+from megatron_tokedit.analysis import compare, dsir, embedding
 from megatron_tokedit.analysis.blocks import Ints
 from megatron_tokedit.analysis.cache import ResultCache
+from megatron_tokedit.analysis.embedding import Embeddings
+from megatron_tokedit.analysis.embedding_model import EmbeddingChoice
 from megatron_tokedit.analysis.ngrams import BigramTally, candidates
 from megatron_tokedit.analysis.parallel import OrderedWorkers, Task
 from megatron_tokedit.analysis.perplexity import PriorScores
@@ -64,6 +66,8 @@ class Settings:
         sample_documents: documents of each corpus that are counted; None: all.
         sample_share: the same as a share.
         prior_documents: documents of each corpus that are scored; None: all that are counted.
+        embedding: model that makes vectors of documents, where given.
+        embedding_documents: documents of each corpus that it reads.
         budget_tokens: tokens of each corpus to compare on, fewer where a corpus has fewer.
         seed: of every draw.
         workers: processes.
@@ -78,6 +82,8 @@ class Settings:
     sample_documents: int | None = None
     sample_share: float | None = None
     prior_documents: int | None = 1000
+    embedding: EmbeddingChoice | None = None
+    embedding_documents: int = 300
     budget_tokens: int = 1_000_000
     seed: int = 1234
     workers: int = 1
@@ -108,7 +114,12 @@ class Analysis:
         self._cache = ResultCache(cache_folder)
         self._samples = [settings.sample_of(corpus) for corpus in settings.corpora]
         self._setup = Setup(
-            settings.corpora, settings.tokenizer, settings.prior, settings.budget_tokens, settings.seed
+            settings.corpora,
+            settings.tokenizer,
+            settings.prior,
+            settings.budget_tokens,
+            settings.seed,
+            settings.embedding,
         )
 
     def run(self) -> dict[str, Any]:
@@ -126,6 +137,8 @@ class Analysis:
             tallies = self._tally(workers, statistics)
             scores = self._score(workers) if settings.prior else None
             found = compare.results(settings, self._tokenizer, statistics, tallies, scores)
+            if settings.embedding is not None:
+                found["embedding"] = self._embed(workers, settings.embedding)
             if settings.selection is not None:
                 found["selection"] = self._select(workers, settings.selection, statistics)
         return found
@@ -224,7 +237,7 @@ class Analysis:
         """Documents of every corpus through the prior."""
         settings, prior = self._settings, self._settings.prior
         assert prior is not None
-        samples = [self._prior_sample(number) for number in range(len(settings.corpora))]
+        samples = self._samples_of(settings.prior_documents, settings.seed + 1)
         uses = {
             "prior": prior.identity.fingerprint,
             "options": repr(prior.options),
@@ -254,14 +267,46 @@ class Analysis:
         first, stop = corpora[number].parts[part]
         return stop - first if ordinals is None else len(ordinals)
 
-    def _prior_sample(self, number: int) -> Ints | None:
-        """The documents that are scored: of those that are counted, so many drawn."""
-        counted, corpus = self._samples[number], self._settings.corpora[number]
-        size = corpus.num_documents if counted is None else len(counted)
-        drawn = draw_documents(size, self._settings.prior_documents, self._settings.seed + 1)
-        if drawn is None:
-            return counted
-        return drawn if counted is None else counted[drawn]
+    def _samples_of(self, num_documents: int | None, seed: int) -> list[Ints | None]:
+        """Of the documents of each corpus that are counted, so many drawn."""
+        found: list[Ints | None] = []
+        for counted, corpus in zip(self._samples, self._settings.corpora, strict=True):
+            size = corpus.num_documents if counted is None else len(counted)
+            drawn = draw_documents(size, num_documents, seed)
+            found.append(counted if drawn is None else drawn if counted is None else counted[drawn])
+        return found
+
+    def _embed(self, workers: OrderedWorkers, model: EmbeddingChoice) -> dict[str, Any]:
+        """Documents of every corpus as vectors, and what they say."""
+        settings = self._settings
+        samples = self._samples_of(settings.embedding_documents, settings.seed + 2)
+        uses = {
+            "embedding": model.fingerprint,
+            "max_tokens": model.max_tokens,
+            "device": model.device,
+            "documents": settings.embedding_documents,
+        }
+        numbers = range(len(settings.corpora))
+        paths = [self._cache.path("embeddings", self._depends_on(i) | uses) for i in numbers]
+        stored = [self._cache.load(path) for path in paths]
+        found = [Embeddings.from_arrays(a) if a else Embeddings.empty() for a in stored]
+        tasks, places = self._tasks("embed", [i for i, a in enumerate(stored) if a is None], samples)
+        self._progress.start("embed", sum(self._num_documents(t, settings.corpora) for t in tasks), "doc")
+        results = workers.run(tasks, here=model.device != "cpu")
+        for (number, is_last), (part, num_seen) in zip(places, results, strict=True):
+            found[number].merge(part)
+            if is_last:
+                self._cache.store(paths[number], found[number].to_arrays())
+            self._progress.advance(num_seen)
+        self._progress.close()
+        for corpus, known in zip(settings.corpora, found, strict=True):
+            if not len(known.ordinals_D):
+                raise DataFormatError(
+                    f"{corpus.name}: none of the documents drawn for the map holds text; raise "
+                    "--embedding-documents"
+                )
+        described = embedding.describe(found)
+        return {"model": model.name, "max_tokens": model.max_tokens, **described}
 
     def _select(
         self, workers: OrderedWorkers, wanted: Selection, statistics: Sequence[CorpusStatistics]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,23 @@ class Reader:
             yield from self._one_by_one(corpus, dataset, wanted)
         else:
             yield from self._runs(dataset, first, stop)
+
+    def read_texts(self, corpus: Corpus, part: int, ordinals: Ints | None) -> Iterator[list[tuple[int, str]]]:
+        """Yield batches of ordinals and texts of a part's documents, in order, without lines that are none.
+
+        Args:
+            corpus: the corpus.
+            part: number of the part.
+            ordinals: the documents of the part that are wanted; None: all.
+        """
+        if corpus.kind == "raw":
+            documents = read_raw(corpus, part, ordinals, lambda line: None)
+            while batch := list(itertools.islice(documents, _RAW_BATCH)):
+                yield [(number, "\n".join(next(iter(doc.fields.values())))) for number, doc in batch]
+            return
+        for block in self.read(corpus, part, ordinals, lambda line: None):
+            texts = [self.tokenizer.decode(ids) for ids in block.documents()]
+            yield list(zip(block.ordinals_D.tolist(), texts, strict=True))
 
     def _runs(self, dataset: IndexedDataset, first: int, stop: int) -> Iterator[TokenBlock]:
         """Whole runs of documents that lie end to end in ``.bin``, without a step for each."""

@@ -13,6 +13,8 @@ import numpy as np
 
 from megatron_tokedit.analysis import dsir, perplexity
 from megatron_tokedit.analysis.blocks import Ints
+from megatron_tokedit.analysis.embedding import Embeddings
+from megatron_tokedit.analysis.embedding_model import EmbeddingChoice, EmbeddingModel
 from megatron_tokedit.analysis.ngrams import FINE_BUCKETS, BigramTally
 from megatron_tokedit.analysis.sources import Corpus, Reader
 from megatron_tokedit.analysis.statistics import CorpusStatistics
@@ -72,6 +74,7 @@ class Setup:
         prior: to score with.
         budget_tokens: tokens of each corpus to compare on.
         seed: of every draw.
+        embedding: model that makes vectors of documents.
     """
 
     corpora: tuple[Corpus, ...]
@@ -79,6 +82,7 @@ class Setup:
     prior: PriorChoice | None
     budget_tokens: int
     seed: int
+    embedding: EmbeddingChoice | None = None
 
 
 class PartWorker:
@@ -144,6 +148,21 @@ class PartWorker:
         for block in read:
             found.merge(perplexity.score_blocks(self._scorer, [block]))
         return found
+
+    @cached_property
+    def _embedding_model(self) -> EmbeddingModel:
+        assert self._setup.embedding is not None
+        return EmbeddingModel(self._setup.embedding)
+
+    def embed(self, corpus: int, part: int, ordinals: Ints | None) -> tuple[Embeddings, int]:
+        """Vectors of documents, without those that hold no text; also how many were looked at."""
+        found, num_seen = Embeddings.empty(), 0
+        for numbered in self._reader.read_texts(self._corpora[corpus], part, ordinals):
+            num_seen += len(numbered)
+            if with_text := [(number, text) for number, text in numbered if text.strip()]:
+                numbers, texts = zip(*with_text, strict=True)
+                found.merge(Embeddings(np.array(numbers, np.int64), self._embedding_model.encode(texts)))
+        return found, num_seen
 
     def weigh(self, corpus: int, part: int, ratios_F: dsir.Floats) -> tuple[Ints, dsir.Floats, Ints]:
         """Ordinals, log importance weights and tokens of a part's documents."""

@@ -12,6 +12,11 @@ import orjson
 from tqdm import tqdm
 
 from megatron_tokedit import log
+from megatron_tokedit.analysis.embedding_model import (
+    DEFAULT_TOKENS,
+    EmbeddingChoice,
+    choose_embedding_model,
+)
 from megatron_tokedit.analysis.findings import as_table, judge
 from megatron_tokedit.analysis.run import Analysis, Selection, Settings
 from megatron_tokedit.analysis.sources import Corpus
@@ -40,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_corpus_arguments(parser.add_argument_group("corpora"))
     _add_size_arguments(parser.add_argument_group("how much is looked at"))
     _add_prior_arguments(parser.add_argument_group("prior, for perplexity"))
+    _add_embedding_arguments(parser.add_argument_group("map of documents"))
     _add_selection_arguments(parser.add_argument_group("selection (DSIR)"))
     add_common_arguments(parser)
     return parser
@@ -126,6 +132,28 @@ def _add_prior_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prior-logits-bytes", type=_positive, default=128 << 20, metavar="N")
 
 
+def _add_embedding_arguments(group: argparse._ArgumentGroup) -> None:
+    """The model that makes vectors of documents."""
+    group.add_argument(
+        "--embedding-model",
+        metavar="PATH_OR_NAME",
+        help="a folder of sentence-transformers or transformers, or a name on the hub (extra `embedding`)",
+    )
+    group.add_argument(
+        "--embedding-documents",
+        type=_positive,
+        metavar="N",
+        help="documents of each corpus on the map (default: 300)",
+    )
+    group.add_argument(
+        "--embedding-tokens",
+        type=_positive,
+        metavar="N",
+        help=f"of a document that are read (default: {DEFAULT_TOKENS}, or the model's limit)",
+    )
+    group.add_argument("--embedding-device", choices=("auto", "cpu", "cuda"), help="default: auto")
+
+
 def _add_selection_arguments(group: argparse._ArgumentGroup) -> None:
     """What is selected."""
     group.add_argument(
@@ -206,6 +234,24 @@ def _selection(arguments: argparse.Namespace, corpora: Sequence[Corpus], folder:
     return Selection(source, target, count, share, prefix.removesuffix(".jsonl"))
 
 
+def _embedding(arguments: argparse.Namespace) -> EmbeddingChoice | None:
+    """The model of ``--embedding-model``.
+
+    Raises:
+        ConfigError: it cannot be used, or an option of its without it.
+    """
+    if arguments.embedding_model is None:
+        for flag in ("embedding_documents", "embedding_tokens", "embedding_device"):
+            if getattr(arguments, flag) is not None:
+                raise ConfigError(f"--{flag.replace('_', '-')}: has no effect without --embedding-model")
+        return None
+    return choose_embedding_model(
+        arguments.embedding_model,
+        arguments.embedding_device or "auto",
+        arguments.embedding_tokens or DEFAULT_TOKENS,
+    )
+
+
 def _run(argv: Sequence[str]) -> None:
     """Open, check, count, judge, draw, write."""
     arguments = build_parser().parse_args(argv)
@@ -227,6 +273,8 @@ def _run(argv: Sequence[str]) -> None:
         sample_documents=arguments.sample_documents,
         sample_share=arguments.sample_share,
         prior_documents=arguments.prior_documents or None,
+        embedding=_embedding(arguments),
+        embedding_documents=arguments.embedding_documents or 300,
         budget_tokens=arguments.token_budget,
         seed=arguments.seed,
         workers=arguments.workers or usable_cores(os.environ),
