@@ -144,4 +144,5 @@ def _nearest(vectors_NH: Vectors, count: int) -> tuple[npt.NDArray[np.float32], 
 
 def _evenly(vectors_DH: Vectors, count: int) -> Vectors:
     """So many of the documents, evenly from the first to the last."""
-    return vectors_DH[np.linspace(0, len(vectors_DH) - 1, count).round().astype(int)]
+    chosen: Vectors = vectors_DH[np.linspace(0, len(vectors_DH) - 1, count).round().astype(int)]
+    return chosen

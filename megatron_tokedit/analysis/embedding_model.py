@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tokedit.analysis.embedding import Vectors
 from megatron_tokedit.errors import ConfigError, PriorError
@@ -104,10 +105,9 @@ class EmbeddingModel:
         try:
             self._model = SentenceTransformer(choice.folder, device=choice.device)
             if not (Path(choice.folder) / "modules.json").is_file():  # its own choice is the last token
-                size = self._model[0].get_embedding_dimension()
-                self._model = SentenceTransformer(
-                    modules=[self._model[0], Pooling(size, pooling_mode="mean")], device=choice.device
-                )
+                reader: Any = self._model[0]
+                pooling = Pooling(reader.get_embedding_dimension(), pooling_mode="mean")
+                self._model = SentenceTransformer(modules=[reader, pooling], device=choice.device)
             tokenizer = self._model.tokenizer
             if tokenizer.pad_token is None:  # models that write text have none
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

@@ -6,6 +6,7 @@ Invariant: a corpus has one colour in all pictures, the reference is dark, and e
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def _diversity(corpora: list[dict[str, Any]]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = (
+    panels: tuple[tuple[str, Callable[[dict[str, Any]], float], str], ...] = (
         ("distinct-3\n(higher: more varied)", lambda d: d["distinct"]["3"], "{:.0%}"),
         (
             "compression, plain : packed\n(higher: more repetitive)",

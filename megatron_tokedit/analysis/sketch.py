@@ -107,4 +107,5 @@ def survival(original: NgramSample, edited: NgramSample, max_count: int = 1) -> 
 
 
 def _is_chosen(hashes: Hashes, level: int) -> npt.NDArray[np.bool_]:
-    return (hashes & np.uint64((1 << level) - 1)) == 0
+    is_chosen: npt.NDArray[np.bool_] = (hashes & np.uint64((1 << level) - 1)) == 0
+    return is_chosen

@@ -60,7 +60,7 @@ def _split_qkv(ours: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
     groups = sizes.model.num_key_value_heads
     by_group = ours.reshape(groups, -1, *ours.shape[1:])
     rows = [rows // groups for rows in _qkv_rows(sizes)]
-    return tuple(part.flatten(0, 1) for part in by_group.split(rows, dim=1))
+    return tuple(part.flatten(0, 1) for part in torch.split(by_group, rows, dim=1))
 
 
 def _fill_vocabulary(parts: Sequence[Tensor], sizes: Sizes, shape: Shape) -> Tensor:
@@ -109,7 +109,9 @@ QKV = Layout(
 
 FUSED_QKV = Layout(
     shapes=lambda shape, sizes: (shape[::-1],),
-    join=lambda parts, sizes, shape: _join_qkv(parts[0].t().split(_qkv_rows(sizes)), sizes, shape),
+    join=lambda parts, sizes, shape: _join_qkv(
+        torch.split(parts[0].t(), list(_qkv_rows(sizes))), sizes, shape
+    ),
     split=lambda ours, sizes: (torch.cat(_split_qkv(ours, sizes)).t(),),
 )
 """GPT-2's: one transposed matrix, or one bias, of all queries, then all keys, then all values."""

@@ -201,16 +201,19 @@ class _Designs:
 
     def project(self, labels_BT: Floats) -> Floats:
         """``Q^T y`` of every trial: a fit, up to ``R``."""
-        return np.einsum("btd,bt->bd", self.q_BTD, labels_BT, optimize=True)
+        found: Floats = np.einsum("btd,bt->bd", self.q_BTD, labels_BT, optimize=True)
+        return found
 
     def predict(self, fit_BD: Floats) -> Floats:
         """``X w`` of a fit."""
-        return np.einsum("btd,bd->bt", self.q_BTD, fit_BD, optimize=True)
+        found: Floats = np.einsum("btd,bd->bt", self.q_BTD, fit_BD, optimize=True)
+        return found
 
     def test_error(self, fit_BD: Floats) -> Floats:
         """``|w - w*|^2`` of a fit."""
         w_BD = np.einsum("bde,be->bd", self.r_inverse_BDD, fit_BD, optimize=True)
-        return (w_BD**2).sum(axis=-1)
+        found: Floats = (w_BD**2).sum(axis=-1)
+        return found
 
 
 def _run_arm(problem: Regression, arm: Arm, designs: _Designs) -> Floats:

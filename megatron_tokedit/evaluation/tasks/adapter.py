@@ -34,7 +34,7 @@ OnRequests = Callable[[str, int, int], None]
 """Told (kind of request, how many are to be answered, how many of them were just now); 0 at the start."""
 
 
-class ProjectLM(LM):
+class ProjectLM(LM):  # type: ignore[misc]  # lm-eval has no types
     """An lm-eval model over a checkpoint or a Hugging Face folder.
 
     Args:
