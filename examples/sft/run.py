@@ -1,13 +1,14 @@
 """The paper's instruction tuning at toy size: one model on original and on edited responses, side by side.
 
-    python examples/sft/run.py --instructions math=gsm8k.jsonl medicine=medquad.jsonl --base-text books/*.txt
+    python examples/sft/run.py --instructions math=gsm8k.jsonl medicine=medquad.jsonl
 
-A small model is pre-trained on plain text (``--base-text``; without it, on what the training conversations
-say). It is the base of every fine-tuning and, as in the paper, the prior of the edit: it scores every
-response given the conversation before it, and tokens with p >= ``--threshold`` are drawn again. For every
-instruction set the base is then fine-tuned twice with the same settings, on the original and on the edited
-responses; the table at the end is the perplexity of held-out responses (which are never edited), with the
-interval of the difference. ``report.md`` and ``responses.png`` hold it too.
+A small model is pre-trained on plain text: what half of the training conversations say, and ``--base-text``.
+It is the base of every fine-tuning and, as in the paper, the prior of the edit, so it has to know text of
+this kind without having seen these responses: it scores every response of the other half given the
+conversation before it, and tokens with p >= ``--threshold`` are drawn again. For every instruction set the
+base is then fine-tuned twice with the same settings, on the original and on the edited responses of that
+half; the table at the end is the perplexity of held-out responses (which are never edited), with the interval
+of the difference. ``report.md`` and ``responses.png`` hold it too.
 
 Instruction files are those of ``tools/preprocess_edit.py --format sft`` (JSON lines: prompt and response,
 Alpaca, ShareGPT, messages). Every stage is one of the project's own commands, printed before it runs; one
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -30,25 +32,27 @@ sys.path.insert(0, str(HERE.parent))
 import orjson  # noqa: E402
 from stages import PYTHON, ROOT, TOKENIZER_TYPE, Stages, run_command, train_tokenizer  # noqa: E402
 
-HELD_OUT = 26  # of 256
+HELD_OUT, FOR_THE_BASE = 26, 141  # of 256: a tenth is held out, half of the rest is the base's text
+PARTS = ("train", "base", "heldout")
 ARMS = ("original", "edited")
 TEMPLATE = "tulu"
 SMOKE = ["training.train_steps=4", "schedule.lr_warmup_steps=1"]
 
 
 def split_instructions(folder: Path, sets: dict[str, list[Path]], max_bytes: int) -> dict:
-    """``NAME-train.jsonl`` and ``NAME-heldout.jsonl`` of each set; a tenth is held out, by a hash."""
+    """``NAME-PART.jsonl`` of each set, for fine-tuning, for the base and held out; a hash decides."""
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, dict[str, int]] = {}
     for name, paths in sets.items():
-        lines: dict[str, list[bytes]] = {"train": [], "heldout": []}
+        lines: dict[str, list[bytes]] = {part: [] for part in PARTS}
         left = max_bytes or sys.maxsize
         for line in (line for path in paths for line in path.read_bytes().splitlines() if line.strip()):
             left -= len(line)
             if left < 0:
                 break
-            held_out = hashlib.blake2b(line, digest_size=8).digest()[0] < HELD_OUT
-            lines["heldout" if held_out else "train"].append(line)
+            place = hashlib.blake2b(line, digest_size=8).digest()[0]
+            part = "heldout" if place < HELD_OUT else "base" if place < FOR_THE_BASE else "train"
+            lines[part].append(line)
         counts[name] = {part: len(found) for part, found in lines.items()}
         if not all(counts[name].values()):
             raise SystemExit(f"{name}: too few records to hold some out: {counts[name]}")
@@ -65,21 +69,19 @@ def strings_of(value: object) -> list[str]:
     return [text for part in values for text in strings_of(part)]
 
 
-def write_base_text(path: Path, files: list[Path], conversations: list[Path], max_bytes: int) -> dict:
-    """The text that the base is pre-trained on: the files' paragraphs, or what the conversations say."""
+def write_plain_text(path: Path, files: list[Path], conversations: list[Path], max_bytes: int = 0) -> dict:
+    """A document a run of paragraphs of the files, ``max_bytes`` in all (0: no limit), and a conversation."""
     documents: list[str] = []
-    if files:
-        for file in files:
-            paragraphs = file.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n\n")
-            documents += ["\n\n".join(paragraphs[i : i + 8]) for i in range(0, len(paragraphs), 8)]
-    else:
-        for file in conversations:
-            documents += ["\n".join(strings_of(orjson.loads(line))) for line in file.open("rb")]
-    kept, size = [], 0
-    for text in documents:
-        size += len(text.encode())
-        if text.strip() and (not max_bytes or size <= max_bytes):
-            kept.append(text)
+    for file in files:
+        paragraphs = file.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n\n")
+        for start in range(0, len(paragraphs), 8):
+            documents.append("\n\n".join(paragraphs[start : start + 8]))
+    if max_bytes:
+        ends = itertools.accumulate(len(text.encode()) for text in documents)
+        documents = [text for text, end in zip(documents, ends, strict=True) if end <= max_bytes]
+    for file in conversations:
+        documents += ["\n".join(strings_of(orjson.loads(line))) for line in file.open("rb")]
+    kept = [text for text in documents if text.strip()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in kept))
     return {"documents": len(kept)}
@@ -111,11 +113,13 @@ def report(out: Path, sets: list[str]) -> str:
 
     lines = ["| instruction set | eligible | changed | base | original | edited | change (95 % interval) |"]
     lines.append("|---|---|---|---|---|---|---|")
+    eligible: dict[str, int] = {}
     figure, axes = plt.subplots(figsize=(7, 1 + 0.7 * len(sets)), layout="constrained")
     for place, name in enumerate(sets):
         results = json.loads((out / f"{name}.json").read_text())
         values = dict(zip(("base", *ARMS), results["table"][0]["perplexity"], strict=True))
         edit = json.loads((out / "data" / name / "edited_sft_document.stats.json").read_text())["edit"]
+        eligible[name] = edit["eligible"]
         shares = [edit[what] / max(edit["scored"], 1) for what in ("eligible", "changed")]
         (token,) = (
             row["token"]
@@ -140,6 +144,8 @@ def report(out: Path, sets: list[str]) -> str:
     figure.savefig(out / "responses.png", dpi=140)
     plt.close(figure)
     table = "\n".join(lines)
+    if untouched := [name for name in sets if not eligible[name]]:
+        table += f"\n\nThe base is never sure of {', '.join(untouched)}: nothing was edited there."
     (out / "report.md").write_text(f"Perplexity of held-out responses.\n\n{table}\n")
     return table
 
@@ -153,10 +159,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         *("--keys",), nargs="*", default=[], metavar="NAME:PART=KEY", help="as --sft-keys, for one set"
     )
-    parser.add_argument("--base-text", nargs="*", type=Path, default=[], metavar="FILE.txt")
+    parser.add_argument(
+        "--base-text",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="FILE.txt",
+        help="plain text for the base too",
+    )
     parser.add_argument("--threshold", type=float, default=0.99, help="of the edit")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/sft"))
-    parser.add_argument("--max-bytes", type=int, default=1_000_000, help="kept of each set (0: all)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=1_000_000, help="of each set, and of the base text (0: all)"
+    )
     parser.add_argument("--smoke", action="store_true", help="a few steps: does everything work here?")
     arguments = parser.parse_args()
     names = [word.partition("=")[0] for word in arguments.instructions]
@@ -191,8 +206,8 @@ def main() -> None:
 
     def collect() -> dict:
         counts = split_instructions(text, sets, max_bytes)
-        conversations = [text / f"{name}-train.jsonl" for name in sets]
-        counts["base"] = write_base_text(text / "base.jsonl", base_files, conversations, 4 * max_bytes)
+        conversations = [text / f"{name}-base.jsonl" for name in sets]
+        counts["base"] = write_plain_text(text / "base.jsonl", base_files, conversations, max_bytes)
         return counts
 
     for name, counts in stages.run("1-collect", [stamp, list(sets), max_bytes], [text], collect).items():
@@ -200,7 +215,7 @@ def main() -> None:
 
     def make_tokenizer() -> dict:
         strings = text / "tokenizer.jsonl"
-        write_base_text(strings, [], [text / "base.jsonl", *(text / f"{n}-train.jsonl" for n in sets)], 0)
+        write_plain_text(strings, [], [text / "base.jsonl", *(text / f"{n}-train.jsonl" for n in sets)])
         return train_tokenizer([strings], model_file.parent, 512 if arguments.smoke else 2048)
 
     stages.run("2-train-tokenizer", arguments.smoke, [model_file.parent], make_tokenizer)

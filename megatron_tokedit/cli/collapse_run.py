@@ -85,6 +85,8 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ConfigError(f"output_dir: {folder} is in use by another collapse_experiment.py") from error
+        except OSError as error:
+            logger.warning("%s: no file locks here (%s); going on without", folder, error.strerror)
         yield
 
 
