@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from megatron_tokedit.config.base import Section
 from megatron_tokedit.config.edit_file import read_edit_file
@@ -31,7 +31,7 @@ class PreprocessConfig(Section):
     input: list[str] = Field(min_length=1)
     """Files or globs: jsonl, txt (each also .gz or .zst), parquet."""
     json_keys: list[str] = Field(["text"], min_length=1)
-    """One output dataset a key."""
+    """One output dataset a key. Conversations are whole records: with format ``sft`` it is ``sft`` alone."""
     format: Literal["text", "sft"] = "text"
     """``sft``: records are conversations, the output ``PREFIX_sft_document`` has a loss mask beside it, and
     responses alone are edited.
@@ -133,6 +133,14 @@ class PreprocessConfig(Section):
     """Text that spells a control token: ``encode`` makes it that token, as Megatron-LM does, and counts
     it.
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_conversations(cls, given: Any) -> Any:
+        """With format ``sft``, what stands for the key is the default."""
+        if isinstance(given, Mapping) and given.get("format") == "sft":
+            return {"json_keys": [SFT_KEY], **given}
+        return given
 
     @property
     def edits(self) -> bool:
@@ -262,7 +270,9 @@ class PreprocessConfig(Section):
         if self.output_tokenizer_model is not None:
             yield (
                 "output_tokenizer_model: format sft writes the ids that the prior read; give the training "
-                "tokenizer as tokenizer_type and tokenizer_model, with a prior of that tokenizer"
+                "tokenizer as tokenizer_type and tokenizer_model, with a prior of that tokenizer: the model "
+                "that is to be fine-tuned is one (or write the conversations unedited, with edit_strategy "
+                "none)"
             )
         if self.sft_keys is not None:
             yield from self._sft_key_faults(self.sft_keys)
@@ -304,8 +314,6 @@ def preprocess_config(settings: Mapping[str, Any], *, origin: str = "preprocess"
         ConfigError: one message with every fault.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    if given.get("format") == "sft":
-        given.setdefault("json_keys", [SFT_KEY])
     if "edit_config" in given:
         path = given["edit_config"]
         given = _with_edit_file(given, origin)

@@ -86,7 +86,7 @@ class Chat:
             ConfigError: the template cannot show it, or it is not Unicode.
         """
         try:
-            rendered = self.template.render_prompt(messages, tools)
+            rendered = self.template.render_prompt(messages, tools, self._control)
         except TemplateError as error:
             raise ConfigError(f"{error}; take another --chat-template") from error
         try:

@@ -53,6 +53,7 @@ class EncodedConversation:
         num_cut_before: messages left out at the beginning, as the conversation was too long.
         num_cut_after: messages left out after the last response.
         num_silent: turns of the assistant that say nothing; they do not count in the loss.
+        num_empty_prompts: messages of the user that say nothing.
     """
 
     text: str
@@ -65,6 +66,7 @@ class EncodedConversation:
     num_cut_before: int = 0
     num_cut_after: int = 0
     num_silent: int = 0
+    num_empty_prompts: int = 0
 
     def responses_of(self, lineage: Lineage) -> npt.NDArray[np.int32]:
         """``responses_T`` of the conversation after edits, int32 ``[M]``."""
@@ -161,14 +163,19 @@ class ConversationEncoder:
         self, messages: Sequence[Message], tools: list[dict[str, object]] | None
     ) -> EncodedConversation:
         try:
-            rendered = self._template.render([message.to_template() for message in messages], tools)
+            described = [message.to_template() for message in messages]
+            rendered = self._template.render(described, tools, self._control)
         except TemplateError as error:
             raise BadRecord(str(error)) from error
+        if self._refuses_spelled:
+            for start, stop in rendered.spelled:
+                self._refuse_control_token(rendered.text[start:stop], "a tool call, a tool or a name")
         placed, spelled = encode_rendered(self._tokenizer, rendered, self._control)
         responses_T = np.full(len(placed.ids_T), _NO_RESPONSE_INDEX, np.int32)
         roles_T = np.zeros(len(placed.ids_T), np.uint8)
         loss_T = np.zeros(len(placed.ids_T), bool)
         is_control_T = self._is_control_V[placed.ids_T]
+        is_own_T = is_control_T & ~np.isin(placed.starts_T, [start for start, _ in rendered.spelled])
         num_responses = num_silent = 0
         for index, message in enumerate(messages):
             place = rendered.contents[index]
@@ -179,7 +186,7 @@ class ConversationEncoder:
             if not message.says_something:
                 num_silent += 1
                 continue
-            loss_T |= self._written(placed, rendered.turns[index], place, is_control_T)
+            loss_T |= self._written(placed, rendered.turns[index], place, is_own_T)
             responses_T[inside_T & ~is_control_T] = num_responses
             num_responses += 1
         counts: dict[int, int] = {}
@@ -195,19 +202,20 @@ class ConversationEncoder:
             counts,
             num_responses=num_responses,
             num_silent=num_silent,
+            num_empty_prompts=sum(each.role == USER and not each.says_something for each in messages),
         )
 
     def _written(
-        self, placed: PlacedIds, turn: Span, place: Span | None, is_control_T: npt.NDArray[np.bool_]
+        self, placed: PlacedIds, turn: Span, place: Span | None, is_own_T: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.bool_]:
         """The tokens that the model writes itself in a turn: those that end in it.
 
-        Where the template does not say so itself, a turn ends with its last control token: the line end that
-        templates put behind it is the beginning of what comes next.
+        Where the template does not say so itself, a turn ends with the template's last control token in it
+        (``is_own_T``): the line end that templates put behind it is the beginning of what comes next.
         """
         start, stop = turn
         if not self._template.marks_generation:
-            behind_T = is_control_T & (placed.starts_T >= (place[1] if place else start))
+            behind_T = is_own_T & (placed.starts_T >= (place[1] if place else start))
             ends = placed.ends_T[behind_T & (placed.ends_T <= stop)]
             stop = int(ends.max()) if len(ends) else stop
         written_T: npt.NDArray[np.bool_] = (placed.ends_T > start) & (placed.ends_T <= stop)
@@ -216,12 +224,14 @@ class ConversationEncoder:
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
             for match in self._control.finditer(message.content):
-                if self._tokenizer.control_tokens[match[0]] in self._tokenizer.spellable_ids:
-                    raise BadRecord(
-                        f"a message of the role {message.role} spells the control token {match[0]}; mend "
-                        "it, or give --special-tokens-in-text split (it becomes ordinary text) or encode "
-                        "(it becomes that token)"
-                    )
+                self._refuse_control_token(match[0], f"a message of the role {message.role}")
+
+    def _refuse_control_token(self, token: str, what: str) -> None:
+        if self._tokenizer.control_tokens[token] in self._tokenizer.spellable_ids:
+            raise BadRecord(
+                f"{what} spells the control token {token}; mend it, or give --special-tokens-in-text split "
+                "(it becomes ordinary text) or encode (it becomes that token)"
+            )
 
 
 def _inside(placed: PlacedIds, place: Span) -> npt.NDArray[np.bool_]:
@@ -231,6 +241,34 @@ def _inside(placed: PlacedIds, place: Span) -> npt.NDArray[np.bool_]:
         (placed.starts_T >= start) & (placed.ends_T <= stop) & (placed.ends_T > placed.starts_T)
     )
     return inside_T
+
+
+def end_warning(config: PreprocessConfig, tokenizer: Tokenizer, template: ChatTemplate) -> str | None:
+    """What to say of a template that ends no response with a control token that counts in the loss."""
+    asked, said = Message(USER, "Some question"), Message(ASSISTANT, "Some response")
+    encoder = ConversationEncoder(config, tokenizer, template, None)
+    for messages in ((asked, said, asked, said), (asked, said)):
+        try:
+            encoded = encoder.encode(Conversation(messages))
+        except BadRecord:  # it takes one exchange only, or none so small
+            continue
+        assert isinstance(encoded, EncodedConversation)
+        learned = encoded.ids_T[encoded.loss_T]
+        if np.isin(learned, list(tokenizer.special_ids)).any():
+            return None
+        text = tokenizer.decode(learned).rpartition(said.content)[2].strip()
+        learns = (
+            f"learns to write {text!r} there, at which only programs stop that look for it"
+            if text
+            else "does not learn to stop"
+        )
+        return (
+            f"the chat template {template.name} ends a response with no control token of this tokenizer "
+            f"that counts in the loss, so a model trained on it {learns}; take --sft-chat-template tulu or "
+            "alpaca, which end it with the tokenizer's own, or give a copy of the template with eos_token "
+            "behind the response (inside {% generation %}, where it has that)"
+        )
+    return None
 
 
 def first_id(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:

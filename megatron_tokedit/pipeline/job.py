@@ -22,6 +22,7 @@ from megatron_tokedit.corpus import WorkUnit
 from megatron_tokedit.dataset.loss_mask import LOSS_MASK_SUFFIXES
 from megatron_tokedit.errors import ConfigError, PlanError
 from megatron_tokedit.log import get_logger
+from megatron_tokedit.pipeline.conversations import end_warning
 from megatron_tokedit.pipeline.interrupts import Interrupts
 from megatron_tokedit.pipeline.merge import clean_up, is_complete, merge
 from megatron_tokedit.pipeline.method import useless_sampler
@@ -98,6 +99,8 @@ def run(
     for warning in setting_warnings(config):
         logger.warning("%s", warning)
     tokenizers = load_tokenizers(config)
+    if tokenizers.template and (warned := end_warning(config, tokenizers.text, tokenizers.template)):
+        logger.warning("%s", warned)
     prefixes = {name: workdir.output(name) for key in config.json_keys for name in config.dataset_names(key)}
     if restart and world_size > 1:
         raise ConfigError(

@@ -71,11 +71,8 @@ def merge(
     for key in config.json_keys:
         for generation, name in enumerate(config.dataset_names(key), 1):
             output = workdir.output(name)
-            for suffix in (
-                ".manifest.json",
-                ".edits",
-                *LOSS_MASK_SUFFIXES,
-            ):  # they would belong to an older dataset
+            first = (".idx",) if config.is_sft else ()  # so that none is ever there without its mask
+            for suffix in (*first, ".manifest.json", ".edits", *LOSS_MASK_SUFFIXES):  # of an older dataset
                 Path(output + suffix).unlink(missing_ok=True)
             checksums = _join_units(config, checksums_of, workdir, name)
             statistics = dataset_statistics(config, tokenizers, totals, name)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_tokedit.config.preprocess import SFT_KEY, PreprocessConfig
-from megatron_tokedit.pipeline.conversations import EncodedConversation
+from megatron_tokedit.pipeline.conversations import EncodedConversation, end_warning
 from megatron_tokedit.pipeline.groups import GroupReader
 from megatron_tokedit.pipeline.plan import Plan
 from megatron_tokedit.pipeline.resources import JobTokenizers, PriorPlan, conversation_limit
@@ -42,14 +42,11 @@ def preview(
         if limit
         else "conversation of any length",
     ]
+    if warning := end_warning(config, tokenizers.text, template):
+        lines.append(f"warning     {warning}")
     conversation = _first(config, tokenizers, prior, plan)
     if conversation is None:
         return [*lines, "warning     none of the first conversations can be used"]
-    if not _ends_with_control_token(tokenizers.text, conversation):
-        lines.append(
-            "warning     the template ends a response with no control token of this tokenizer, so a model "
-            "does not learn to stop by one; the templates tulu and alpaca end it with the tokenizer's own"
-        )
     lines.append("the first conversation; what counts in the loss is between >>> and <<<:")
     text = _marked(tokenizers.text, conversation)
     if len(text) > _MAX_CHARACTERS:
@@ -68,12 +65,6 @@ def _first(
     if group is None:
         return None
     return next(filter(None, group.keys[SFT_KEY].conversations_of(slice(None))), None)
-
-
-def _ends_with_control_token(tokenizer: Tokenizer, conversation: EncodedConversation) -> bool:
-    """Whether a control token counts in the loss."""
-    learned = conversation.ids_T[conversation.loss_T]
-    return bool(np.isin(learned, list(tokenizer.special_ids)).any())
 
 
 def _marked(tokenizer: Tokenizer, conversation: EncodedConversation) -> str:

@@ -82,6 +82,7 @@ def conversation_statistics(counts: Mapping[str, int]) -> dict[str, Any]:
         "loss_tokens",
         "responses",
         "silent_responses",
+        "empty_prompts",
         "truncated",
         "messages_cut_before",
         "messages_cut_after",
@@ -130,6 +131,11 @@ def _conversation_remarks(config: PreprocessConfig, counts: KeyCounts) -> Iterat
         yield f"{number} messages after the last response of their conversation were left out"
     if number := counts.conversations.get("silent_responses", 0):
         yield f"{number} empty responses inside of conversations do not count in the loss"
+    if number := counts.conversations.get("empty_prompts", 0):
+        yield (
+            f"{number} messages of the user are empty, so that their responses are learned as answers to "
+            "nothing; is the prompt under another key (--sft-keys prompt=KEY)?"
+        )
 
 
 def remarks(config: PreprocessConfig, tokenizers: JobTokenizers, totals: Totals, name: str) -> Iterator[str]:

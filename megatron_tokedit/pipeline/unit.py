@@ -229,6 +229,7 @@ def _write_loss_mask(output: _Output, conversation: EncodedConversation, edited:
     count(counts, "loss_tokens", int(np.count_nonzero(loss_M)))
     count(counts, "responses", conversation.num_responses)
     count(counts, "silent_responses", conversation.num_silent)
+    count(counts, "empty_prompts", conversation.num_empty_prompts)
     count(counts, "truncated", int(conversation.num_cut_before > 0))
     count(counts, "messages_cut_before", conversation.num_cut_before)
     count(counts, "messages_cut_after", conversation.num_cut_after)

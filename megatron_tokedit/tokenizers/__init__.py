@@ -4,7 +4,8 @@ Invariant: the ids are Megatron-LM's for the same ``--tokenizer-type`` and ``--t
 """
 
 from megatron_tokedit.tokenizers.base import PlacedIds, Tokenizer
-from megatron_tokedit.tokenizers.chat_template import ChatTemplate, TemplateError, load_chat_template
+from megatron_tokedit.tokenizers.chat_load import load_chat_template
+from megatron_tokedit.tokenizers.chat_template import ChatTemplate, TemplateError
 from megatron_tokedit.tokenizers.chat_turns import TurnEnd, control_pattern, encode_rendered, turn_end
 from megatron_tokedit.tokenizers.document import append_eod, encode_document, encode_documents
 from megatron_tokedit.tokenizers.load import TOKENIZER_TYPES, load_tokenizer, tokenizer_spec

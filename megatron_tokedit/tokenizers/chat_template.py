@@ -15,11 +15,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from megatron_tokedit.errors import TokenizerError
+from megatron_tokedit.tokenizers.chat_spelled import find_spelled
 
 Span = tuple[int, int]
 """First character, and one past the last."""
@@ -46,11 +44,14 @@ class Rendered:
             is empty or the template writes it in another form.
         turns: for every message of the assistant, by its index, the characters that the model writes itself:
             the response and what ends it.
+        spelled: control tokens that the data spells elsewhere than in ``contents``: in tool calls, tools,
+            names.
     """
 
     text: str
     contents: list[Span | None]
     turns: dict[int, Span]
+    spelled: list[Span]
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,21 @@ class ChatTemplate:
     special_tokens: Mapping[str, str]
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        control: re.Pattern[str] | None = None,
     ) -> Rendered:
         """The text of a conversation, and where its contents and the assistant's turns are.
 
         Args:
             messages: ``role``, ``content`` and what else the template knows.
             tools: JSON schemas.
+            control: the control tokens, to find those that the data spells outside of contents.
 
         Raises:
-            TemplateError: the template refuses or drops a role, or rewrites a turn when another follows.
+            TemplateError: the template refuses or drops a role, or rewrites a turn when another follows; or
+                its control tokens cannot be told from those that the data spells.
         """
         text, blocks = self._text(messages, tools, tracks=self.marks_generation)
         contents = self._contents(messages, tools, text)
@@ -99,27 +105,31 @@ class ChatTemplate:
                 raise self._error(f"the turn {index} of the assistant is not where its text is")
             if messages[index]["content"].strip() and place is None:
                 raise self._error(f"changes the text of the assistant's turn {index}")
-        return Rendered(text, contents, turns)
+        return Rendered(text, contents, turns, self._spelled(messages, tools, text, contents, control))
 
     def render_prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        control: re.Pattern[str] | None = None,
     ) -> Rendered:
         """The text of a conversation up to where the assistant is to write; the turns are not looked for.
 
         Args:
             messages: as in :meth:`render`.
             tools: JSON schemas.
+            control: as in :meth:`render`.
 
         Raises:
-            TemplateError: the template refuses or drops a role, or writes the conversation differently where
-                a response is to follow.
+            TemplateError: as in :meth:`render`, or the template writes the conversation differently where a
+                response is to follow.
         """
         before, text = self.text(messages, tools), self.text(messages, tools, prompts=True)
         if not text.startswith(before):
             raise self._error("writes a conversation differently where a response is to follow")
         contents = self._contents(messages, tools, before)
         self._refuse_dropped(messages, tools, before, contents)
-        return Rendered(text, contents, {})
+        return Rendered(text, contents, {}, self._spelled(messages, tools, before, contents, control))
 
     def text(
         self,
@@ -210,6 +220,37 @@ class ChatTemplate:
             elif mark and index in begins:
                 places[index] = (begins.pop(index), position)
         return places
+
+    def _spelled(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        text: str,
+        contents: Sequence[Span | None],
+        control: re.Pattern[str] | None,
+    ) -> list[Span]:
+        """Where control tokens are that the data spells outside of ``contents``.
+
+        Raises:
+            TemplateError: they cannot be told from the template's own.
+        """
+        if control is None:
+            return []
+
+        def render(marked: list[dict[str, Any]], marked_tools: list[dict[str, Any]] | None) -> str | None:
+            try:
+                return self._text(marked, marked_tools)[0]
+            except TemplateError:
+                return None
+
+        is_placed = [place is not None for place in contents]
+        found = find_spelled(render, messages, tools, text, is_placed, control)
+        if found is None:
+            raise self._error(
+                "writes control tokens that the conversation spells (in a tool call, a tool, a name, ...) in "
+                "such a form that they cannot be told from its own; take them out of the conversation"
+            )
+        return found
 
     def _refuse_dropped(
         self,
@@ -317,77 +358,3 @@ def _found(text: str, core: str, start: int, stop: int) -> Span | None:
     """The last place of a text between two bounds."""
     place = text.rfind(core, start, stop)
     return None if place < 0 else (place, place + len(core))
-
-
-def load_chat_template(
-    chat_template: str | None,
-    own: str | None,
-    special_tokens: Mapping[str, str],
-    tokenizer_model: str,
-    *,
-    flag: str = "--sft-chat-template",
-) -> ChatTemplate:
-    """Find a template and check that it can be used.
-
-    Args:
-        chat_template: name of a shipped one, or a file; None: the tokenizer's.
-        own: Jinja text of the tokenizer's.
-        special_tokens: of the tokenizer.
-        tokenizer_model: for messages.
-        flag: that ``chat_template`` is given with, for messages.
-
-    Raises:
-        TokenizerError: the tokenizer has none, there is no such file, it is no Jinja, writes the current
-            date, or refers to a special token that the tokenizer does not have.
-    """
-    shipped = ", ".join(TEMPLATE_NAMES)
-    if chat_template is None:
-        if own is None:
-            raise TokenizerError(
-                f"{tokenizer_model} has no chat template; give {flag} with one of {shipped}, "
-                "or with a Jinja file"
-            )
-        name, source = "tokenizer", own
-    elif chat_template in TEMPLATE_NAMES:
-        name = chat_template
-        folder = resources.files("megatron_tokedit.tokenizers") / "chat_templates"
-        source = (folder / f"{chat_template}.jinja").read_text(encoding="utf-8")
-    else:
-        name = chat_template
-        try:
-            source = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(
-                f"{flag} {chat_template}: cannot be read ({error}); shipped are {shipped}"
-            ) from error
-    _check(name, source, special_tokens, tokenizer_model, flag)
-    return ChatTemplate(name, source, special_tokens)
-
-
-def _check(
-    name: str, source: str, special_tokens: Mapping[str, str], tokenizer_model: str, flag: str
-) -> None:
-    from jinja2 import meta
-    from jinja2.exceptions import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        environment = _compile_jinja_template(source).environment
-        variables = meta.find_undeclared_variables(environment.parse(source))
-    except TemplateSyntaxError as error:
-        raise TokenizerError(f"the chat template {name}, line {error.lineno}: {error.message}") from error
-    if "strftime_now" in variables or "strftime_now" in source:
-        raise TokenizerError(
-            f"the chat template {name} writes the current date, so no two runs would write the same; save a "
-            f"copy with a fixed date and give that with {flag} FILE.jinja"
-        )
-    missing = sorted(
-        variable
-        for variable in variables
-        if variable in ("bos_token", "eos_token", "pad_token") and variable not in special_tokens
-    )
-    if missing:
-        raise TokenizerError(
-            f"the chat template {name} writes {', '.join(missing)}, which {tokenizer_model} does not have; "
-            "take another template"
-        )

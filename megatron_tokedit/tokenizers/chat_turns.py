@@ -1,4 +1,4 @@
-"""Where the text of a chat meets its ids: control tokens that messages spell, and what ends a response.
+"""Where the text of a chat meets its ids: control tokens that its data spells, and what ends a response.
 
 Invariant: a conversation that is to be answered gets the ids with which a conversation to learn from begins;
 both are made by :func:`encode_rendered`.
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_tokedit.tokenizers.base import PlacedIds, Tokenizer
-from megatron_tokedit.tokenizers.chat_template import ASSISTANT, ChatTemplate, Rendered, Span, TemplateError
+from megatron_tokedit.tokenizers.chat_template import ASSISTANT, ChatTemplate, Rendered, TemplateError
 
 _ASKED, _SAID, _NEXT = "First question", "Some response", "Second question"
 
@@ -39,19 +39,18 @@ def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
 def encode_rendered(
     tokenizer: Tokenizer, rendered: Rendered, control: re.Pattern[str]
 ) -> tuple[PlacedIds, list[int]]:
-    """The ids of a conversation, and the control ids that messages, not the template, spell.
+    """The ids of a conversation, and the control ids that its data, not the template, spells.
 
     Args:
         tokenizer: of the ids.
-        rendered: by the template.
+        rendered: by the template, with the same ``control``.
         control: :func:`control_pattern` of the tokenizer.
     """
-    spans: list[Span] = []
-    spelled: list[int] = []
-    for place in sorted(place for place in rendered.contents if place):
-        for match in control.finditer(rendered.text, *place):
-            spans.append(match.span())
-            spelled.append(tokenizer.control_tokens[match[0]])
+    spans = list(rendered.spelled)
+    for place in filter(None, rendered.contents):
+        spans += [match.span() for match in control.finditer(rendered.text, *place)]
+    spans.sort()
+    spelled = [tokenizer.control_tokens[rendered.text[slice(*span)]] for span in spans]
     return tokenizer.encode_chat(rendered.text, spans), spelled
 
 

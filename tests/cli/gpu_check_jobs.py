@@ -54,3 +54,16 @@ def on_rank(name, folder, arguments):
     module, _, function = name.partition(":")
     job = getattr(importlib.import_module(f"megatron_tokedit.cli.gpu_check.{module}"), function)
     return job(folder, CPU, **arguments)
+
+
+def pack_without_borders(folder):
+    """The job of packed rows where nothing says where a conversation begins."""
+    from megatron_tokedit.cli.gpu_check import packed_jobs
+    from megatron_tokedit.cli.gpu_check.sizes import CPU
+
+    whole = packed_jobs.packed_batch
+    packed_jobs.packed_batch = lambda rows, row_length, **_: whole(rows, row_length, has_borders=False)
+    try:
+        return packed_jobs.pack_rows(folder, CPU, recipe="fp32")
+    finally:
+        packed_jobs.packed_batch = whole

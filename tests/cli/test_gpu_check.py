@@ -15,11 +15,14 @@ from typing import Any
 import gpu_check_jobs
 import numpy as np
 import pytest
+import torch
 
 from megatron_tokedit.cli.gpu_check import command, main
 from megatron_tokedit.cli.gpu_check.checks import Bench, Check, Verdict
 from megatron_tokedit.cli.gpu_check.edge_cases import EDGE_CASES
 from megatron_tokedit.cli.gpu_check.layer_checks import FP8_RECIPES, judge_linear, judge_masking
+from megatron_tokedit.cli.gpu_check.packed_checks import judge_packing
+from megatron_tokedit.cli.gpu_check.packed_jobs import packed_batch, row_lengths
 from megatron_tokedit.cli.gpu_check.plan import all_checks
 from megatron_tokedit.cli.gpu_check.prior_checks import judge_edits
 from megatron_tokedit.cli.gpu_check.prior_jobs import HF_PRIOR
@@ -65,6 +68,28 @@ def test_a_mask_that_hides_and_is_needed() -> None:
     ).faults[0]  # fmt: skip
     (fault,) = judge_masking({"masked": 0.0, "unmasked": 0.001, "logit": 5.0}).faults
     assert "the check would see nothing" in fault
+
+
+def packing(**changes: float) -> list[str]:
+    good = {
+        "tokens": 840, "mean": 0.01, "worst": 0.07, "gradient": 0.03, "neighbours": 0.0, "own": 0.9,
+        "without_borders": 1.7,
+    }  # fmt: skip
+    return judge_packing(good | changes).faults
+
+
+def test_packed_rows_keep_conversations_apart() -> None:
+    assert packing() == []
+    assert packing(mean=0.5) == [
+        "tokens' losses are 0.5000 nats off those of the conversations alone, more than 0.02"
+    ]
+    assert packing(worst=1.5)[0].startswith("a token's loss is 1.5000 nats off")
+    assert packing(gradient=float("nan"))[0].startswith("the gradient is nan of its norm off")
+    (fault,) = packing(neighbours=0.3)
+    assert fault.endswith("another conversation of the microbatch: they see each other")
+    for control in ("own", "without_borders"):
+        (fault,) = packing(**{control: 0.0})
+        assert fault.endswith("the check would see nothing")
 
 
 def run_of(losses: list[float], **changes: object) -> dict[str, object]:
@@ -370,6 +395,17 @@ def test_table_json_and_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "2 passed, 2 failed, 2 skipped" in table
 
 
+def test_packed_rows_are_skipped_where_no_attention_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "machine", MACHINE | {"packing": ["sft.packing: no flash-attn"]})
+    bench = Bench(Runner(tmp_path))
+    assert Check("packed", "", refuse, packs_rows=True).lacking(bench) == ["sft.packing: no flash-attn"]
+    assert Check("other", "", refuse).lacking(bench) == []
+    monkeypatch.setattr(Bench, "machine", MACHINE | {"packing": []})
+    assert Check("packed", "", refuse, packs_rows=True).lacking(bench) == []
+
+
 @pytest.mark.usefixtures("fakes")
 def test_skips_are_no_failures_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "good", "fp8", "g*"]) == 0
@@ -531,6 +567,35 @@ def test_masked_documents(do: Callable[..., dict[str, Any]]) -> None:
     assert judge_masking(do("layer_jobs:mask_documents", recipe="fp32")).faults == []
 
 
+def test_packed_rows(do: Callable[..., dict[str, Any]]) -> None:
+    for recipe in ("fp32", "bf16"):
+        found = do("packed_jobs:pack_rows", recipe=recipe)
+        assert judge_packing(found).faults == []
+        assert found["neighbours"] == 0.0
+        assert found["tokens"] == sum(map(sum, row_lengths(CPU.model["seq_length"])))
+        assert found["gradient"] > 0.0, "two computations, not one"
+
+
+def test_packed_rows_without_borders_are_found_out(ranks: RankPool, work: Path) -> None:
+    (found,) = ranks.run(gpu_check_jobs.pack_without_borders, work, world_size=1)
+    faults = judge_packing(found).faults
+    assert len(faults) == 4
+    assert "they see each other" in faults[3]
+
+
+def test_the_rows_are_filled_up() -> None:
+    """Lengths that fit at every scale, one of a single position, and padding that is a sequence too."""
+    for row_length in (64, 512):
+        assert all(length > 0 for lengths in row_lengths(row_length) for length in lengths)
+        assert all(sum(lengths) < row_length for lengths in row_lengths(row_length))
+    rows = [[torch.arange(10, 14), torch.arange(20, 22)], [torch.arange(30, 35)]]
+    batch = packed_batch(rows, 6, has_borders=True)
+    assert batch["tokens"].tolist() == [[10, 11, 12, 20, 0, 0], [30, 31, 32, 33, 0, 0]]
+    assert batch["labels"].tolist() == [[11, 12, 13, 21, 0, 0], [31, 32, 33, 34, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 0, 1]]
+    assert packed_batch(rows, 6, has_borders=False)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
 def test_sizes_are_trained_and_a_failing_one_is_told(do: Callable[..., dict[str, Any]]) -> None:
     cases = [case.for_job() for case in EDGE_CASES if case.name in ("sequence 127", "sequence 8, one row")]
     cases.append({**cases[0], "name": "impossible", "model": {**cases[0]["model"], "num_layers": 0}})
@@ -570,8 +635,8 @@ def test_the_whole_script_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     faults = {name: check["reasons"] for name, check in results.items() if check["status"] == "failed"}
     assert (faults, code) == ({}, 0)
     assert {name for name, check in results.items() if check["status"] == "passed"} == {
-        "machine", "edges_refused", "edges_bf16", "masked_documents", "train_bf16", "resume_bf16_bf16",
-        "train_rate_bf16", "generate_float32", "generate_bfloat16", "convert_bfloat16",
+        "machine", "edges_refused", "edges_bf16", "masked_documents", "packed_rows", "train_bf16",
+        "resume_bf16_bf16", "train_rate_bf16", "generate_float32", "generate_bfloat16", "convert_bfloat16",
         "priors_agree_float32", "priors_agree_bfloat16", "score_rate_bfloat16",
     }  # fmt: skip
     assert results["edges_bf16"]["numbers"]["trained"] == len(EDGE_CASES)

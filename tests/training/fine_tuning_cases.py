@@ -124,12 +124,17 @@ def load(path: Path, *overrides: str) -> RunConfig:
     return load_config(path, overrides)
 
 
-def base_on_rank(path: Path) -> None:
+def base_on_rank(path: Path, overrides: tuple[str, ...] = ()) -> None:
     """Train what fine-tuning starts from."""
-    train_on_rank(path)
+    train_on_rank(path, overrides)
 
 
-def sft_on_rank(path: Path, overrides: tuple[str, ...] = (), kill_at: int | None = None) -> Any:
+def sft_on_rank(
+    path: Path,
+    overrides: tuple[str, ...] = (),
+    kill_at: int | None = None,
+    kill_with: signal.Signals = signal.SIGTERM,
+) -> Any:
     """Fine-tune; returns the result (the losses of every step are in metrics.jsonl)."""
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # saves fork
     multiprocessing.set_start_method("fork", force=True)
@@ -138,15 +143,24 @@ def sft_on_rank(path: Path, overrides: tuple[str, ...] = (), kill_at: int | None
 
     config = load(path, *overrides)
     ctx = initialize(config.parallel, seed=config.seed, device="cpu", cpu_threads=1)
-    return train(config, ctx, SPEC, progress=_Kill(kill_at) if kill_at else None)
+    return train(config, ctx, SPEC, progress=_Kill(kill_at, kill_with) if kill_at else None)
+
+
+def weights_of(checkpoint: Path) -> dict[str, np.ndarray]:
+    """All weights of a checkpoint."""
+    from megatron_tokedit.engine.streamed_checkpoint import StoredWeights
+
+    stored = StoredWeights(checkpoint)
+    return {name: stored.read(name).numpy() for name in stored.outline.parts}
 
 
 class _Kill:
-    """A progress bar that sends this process SIGTERM when a step is done."""
+    """A progress bar that sends this process a signal when a step is done."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, kill_with: signal.Signals) -> None:
         self.step = step
+        self.kill_with = kill_with
 
     def update(self, step: int, loss: float) -> None:
         if step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.kill_with)

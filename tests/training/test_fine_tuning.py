@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fine_tuning_cases import (
     base_on_rank,
     make_conversations,
     sft_on_rank,
+    weights_of,
     write_base,
     write_conversations,
     write_sft,
@@ -110,6 +112,28 @@ def test_layout_and_accumulation_change_nothing(
     assert numbers == pytest.approx(tuned[1].validation["held"], rel=1e-5)
 
 
+def test_interleaved_stages_change_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    """Two stages of two chunks each: four layers, of which every chunk has one."""
+    layers = ("model.num_layers=4",)
+    ranks.run(base_on_rank, write_base(tmp_path), (*layers, "training.train_steps=1"), world_size=1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    epoch = (*layers, "training.train_epochs=1")
+    (expected,) = ranks.run(sft_on_rank, write_sft(one, tmp_path), epoch, world_size=1)
+    interleaved = (
+        *epoch,
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.virtual_pipeline_model_parallel_size=2",
+    )
+    results = ranks.run(sft_on_rank, write_sft(two, tmp_path), interleaved, world_size=2)
+    assert results[0].state.consumed_samples == expected.state.consumed_samples
+    for metric in ("loss", "grad_norm"):
+        wanted = [record[metric] for record in records(one)]
+        assert [record[metric] for record in records(two)] == pytest.approx(wanted, rel=1e-5)
+    assert results[0].validation["held"] == pytest.approx(expected.validation["held"], rel=1e-5)
+
+
 @pytest.mark.parametrize("how", ["recompute", "core_attn"])
 def test_recomputation_changes_no_bit(
     ranks: RankPool, base: Path, tuned: tuple[Path, Any], tmp_path: Path, how: str
@@ -134,6 +158,26 @@ def test_killed_and_resumed_in_the_middle_of_an_epoch(
     (again,) = ranks.run(sft_on_rank, config, world_size=1)
     assert again.finished
     assert again.state.step == last.state.step
+
+
+def test_killed_between_checkpoints(
+    ranks: RankPool, base: Path, tuned: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """SIGKILL behind a checkpoint: the steps since are done again, and nothing is different in the end."""
+    config = write_sft(tmp_path, base)
+    with pytest.raises(RankFailure, match="the process died"):
+        ranks.run(sft_on_rank, config, (), 8, signal.SIGKILL, world_size=1)
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 9))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000005"]
+    (result,) = ranks.run(sft_on_rank, config, world_size=1)
+    assert result.finished
+    for metric in ("step", "loss", "grad_norm", "response_tokens"):
+        assert [r[metric] for r in records(tmp_path)] == [r[metric] for r in records(tuned[0])]
+    assert result.validation == tuned[1].validation
+    assert state_of(tmp_path, result.state.step)["drawn_samples"] == last_drawn(tuned)
+    ours, theirs = (ranks.run(weights_of, r.checkpoint, world_size=1)[0] for r in (result, tuned[1]))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def last_drawn(tuned: tuple[Path, Any]) -> dict[str, int]:

@@ -68,6 +68,7 @@ class Check:
         recipes: precision recipes that the machine has to honour.
         needs_gpu: there is nothing to check without one.
         runs_alone: it measures speed: nothing else may run meanwhile.
+        packs_rows: it needs an attention that takes packed rows.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Check:
     recipes: tuple[str, ...] = ()
     needs_gpu: bool = False
     runs_alone: bool = False
+    packs_rows: bool = False
 
     def lacking(self, bench: Bench) -> list[str]:
         """What the machine lacks for it, one sentence each."""
@@ -84,6 +86,8 @@ class Check:
         lacks = [fault for recipe in self.recipes for fault in bench.machine["recipes"][recipe]]
         if not bench.has_gpu and any(RECIPES[recipe].is_fp8 for recipe in self.recipes):  # type: ignore[index]
             lacks = lacks or ["no CUDA device"]
+        if self.packs_rows:
+            lacks += bench.machine["packing"]
         return list(dict.fromkeys(lacks))
 
 

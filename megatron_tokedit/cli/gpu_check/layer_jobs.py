@@ -17,16 +17,18 @@ from megatron_tokedit.config.sections import (
     PrecisionConfig,
     ScheduleConfig,
 )
+from megatron_tokedit.config.sft import SftConfig
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "transformers", "triton")
 _LINEAR_SHAPE = {"num_tokens": 4096, "input_size": 1024, "output_size": 2048}
 
 
 def look_at_machine(folder: Path, scale: Scale) -> dict[str, Any]:
-    """What the machine offers, and for every recipe what it lacks.
+    """What the machine offers, and what it lacks for every recipe and for packed rows.
 
     Returns:
-        ``probe`` (every field of the preflight's), ``recipes`` (name -> sentences), ``versions``.
+        ``probe`` (every field of the preflight's), ``recipes`` (name -> sentences), ``packing`` (sentences),
+        ``versions``.
     """
     import torch
 
@@ -37,13 +39,20 @@ def look_at_machine(folder: Path, scale: Scale) -> dict[str, Any]:
         name: preflight.machine_faults(PrecisionConfig(recipe=name), found, ParallelConfig())
         for name in RECIPES
     }
+    fine_tuning = {
+        "stage": "sft",
+        "sft": SftConfig(),
+        "precision": PrecisionConfig(recipe="bf16"),
+        "parallel": ParallelConfig(),
+    }
+    packing = [str(fault) for fault in preflight.section_faults(fine_tuning, found)]
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"probe": asdict(found), "recipes": lacks, "versions": versions}
+    return {"probe": asdict(found), "recipes": lacks, "packing": packing, "versions": versions}
 
 
 def compare_linear(folder: Path, scale: Scale, *, recipe: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from megatron_tokedit.cli.gpu_check.checks import Check
 from megatron_tokedit.cli.gpu_check.layer_checks import layer_checks
+from megatron_tokedit.cli.gpu_check.packed_checks import packed_checks
 from megatron_tokedit.cli.gpu_check.prior_checks import prior_checks
 from megatron_tokedit.cli.gpu_check.text_checks import text_checks
 from megatron_tokedit.cli.gpu_check.training_checks import training_checks
@@ -14,7 +15,7 @@ from megatron_tokedit.cli.gpu_check.training_checks import training_checks
 
 def all_checks() -> list[Check]:
     """Every check, cheap ones first."""
-    return [*layer_checks(), *training_checks(), *text_checks(), *prior_checks()]
+    return [*layer_checks(), *packed_checks(), *training_checks(), *text_checks(), *prior_checks()]
 
 
 def choose(checks: Sequence[Check], patterns: Sequence[str]) -> tuple[list[Check], list[str]]:
