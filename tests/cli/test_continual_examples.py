@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from forks import run_as_typed
 
 from megatron_tokedit.training.metrics import read_metrics
 
@@ -79,29 +82,27 @@ def text(path: Path, words: str) -> Path:
     return path
 
 
-def test_the_script_from_text_to_table(tmp_path: Path) -> None:
+def test_the_script_from_text_to_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its commands are forked; the quickstart starts them."""
     base = text(tmp_path / "base.txt", "the old house of")
     new = text(tmp_path / "new.jsonl", "doses are given")
-    command = [
-        sys.executable,
-        "examples/continual/run.py",
-        "--base",
-        f"rooms={base}",
-        "--new",
-        f"drugs={new}",
-    ]
-    command += ["--replay", "0.3", "--ranks", "1", "--smoke", "--output-dir", str(tmp_path / "out")]
-
-    def run() -> str:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=280)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    assert "6-evaluate" in run()
+    script = str(ROOT / "examples" / "continual" / "run.py")
+    arguments = ["--base", f"rooms={base}", "--new", f"drugs={new}"]
+    arguments += ["--replay", "0.3", "--ranks", "1", "--smoke", "--output-dir", str(tmp_path / "out")]
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr("stages.subprocess", SimpleNamespace(run=run_as_typed))
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(script, run_name="__main__")
+    assert "6-evaluate" in capsys.readouterr().out
     rows = (tmp_path / "out" / "report.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[4:]] == ["| base", "| no-replay", "| replay-30"]
     assert (tmp_path / "out" / "forgetting.png").stat().st_size > 10_000
     steps = read_metrics(tmp_path / "out" / "replay-30", "train")
     assert len(steps) == 4
-    assert "$ " not in run(), "nothing is run a second time"
+    again = subprocess.run([sys.executable, script, *arguments], text=True, capture_output=True, timeout=250)
+    assert again.returncode == 0, again.stderr
+    assert "6-evaluate: done" in again.stdout
+    assert "$ " not in again.stdout, "nothing is run a second time"

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked, run_forked
 
 from megatron_tokedit.engine import checkpoint_folder
 from megatron_tokedit.testing.ranks import RankPool
@@ -19,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "conversion"))
 import conversion_cases  # noqa: E402
 
-TOOL = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
+TOOL = str(ROOT / "tools" / "convert_checkpoint.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*TOOL, *map(str, arguments)],
+        [sys.executable, TOOL, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=ENVIRONMENT | variables,
@@ -98,9 +99,7 @@ def test_memory_does_not_grow_with_the_model(source: Path, tmp_path: Path) -> No
 
 def test_a_killed_run_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:
     output, partial = tmp_path / "made", tmp_path / "made.partial"
-    process = subprocess.Popen(
-        [*TOOL, "--input", str(source), "--output", str(output)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
+    process = Forked([TOOL, "--input", source, "--output", output], ENVIRONMENT)
     deadline = time.monotonic() + 100
     while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -108,7 +107,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(source: Path, tmp_path: Pa
     process.wait()
     assert not output.exists()
     assert partial.exists()
-    shown = run("--input", source, "--output", output)
+    shown = run_forked([TOOL, "--input", source, "--output", output], ENVIRONMENT)
     assert shown.returncode == 0, shown.stderr
     assert checkpoint_folder.is_complete(output / "checkpoints" / "step_00000000")
     assert not partial.exists()
@@ -120,10 +119,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
         tmp_path / "large", "llama", num_hidden_layers=16, hidden_size=512, intermediate_size=1408
     )
     output, partial = tmp_path / "made", tmp_path / "made.partial"
-    process = subprocess.Popen(
-        [*TOOL, "--input", str(large), "--output", str(output)],
-        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = Forked([TOOL, "--input", large, "--output", output], ENVIRONMENT)
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
         if list(partial.glob("checkpoints/*/*.distcp")):

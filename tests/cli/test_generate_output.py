@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 
 from megatron_tokedit.cli.generate import main
 from megatron_tokedit.testing.models import tiny_llama
@@ -88,16 +88,25 @@ def test_what_is_there_is_not_written_again(run_folder, prompt_file, tmp_path, w
     assert f"{NUM_TEXTS - num_there} texts, {12 * (NUM_TEXTS - num_there)} new tokens" in shown
 
 
+LONG = ("--max-new-tokens", "150", "--batch-size", "1")
+
+
+@pytest.fixture(scope="module")
+def long_whole(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    arguments = arguments_of(run_folder, folder / "prompts.txt", folder / "out.jsonl", *LONG)
+    assert main(["--quiet", *arguments]) == 0
+    return (folder / "out.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_process_is_gone_on_with(run_folder, prompt_file, tmp_path, stop):
+def test_a_stopped_process_is_gone_on_with(run_folder, prompt_file, tmp_path, long_whole, stop):
     """A real one, stopped while it writes."""
-    output, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
-    long = ("--max-new-tokens", "300", "--batch-size", "1")
+    output = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
-    process = subprocess.Popen(
-        [sys.executable, "tools/generate.py", *arguments_of(run_folder, prompt_file, output, *long)],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = ["tools/generate.py", *arguments_of(run_folder, prompt_file, output, *LONG)]
+    process = Forked(command, os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size) and process.poll() is None:
         assert time.monotonic() < deadline
@@ -109,9 +118,8 @@ def test_a_stopped_process_is_gone_on_with(run_folder, prompt_file, tmp_path, st
     assert 1 <= num_there < NUM_TEXTS
     if stop == signal.SIGINT:
         assert f"error: interrupted; {num_there} texts are in {partial}, and the same" in shown
-    assert main(["--quiet", *arguments_of(run_folder, prompt_file, output, *long)]) == 0
-    assert main(["--quiet", *arguments_of(run_folder, prompt_file, alone, *long)]) == 0
-    assert output.read_bytes() == alone.read_bytes()
+    assert main(["--quiet", *arguments_of(run_folder, prompt_file, output, *LONG)]) == 0
+    assert output.read_bytes() == long_whole
 
 
 def test_a_finished_file_stays(run_folder, prompt_file, tmp_path, whole, capsys):

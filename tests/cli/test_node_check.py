@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 100  # this machine may be busy with other tests
@@ -30,34 +31,38 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self._logs: dict[int, list[Path]] = {}
+        self.nodes: dict[int, Forked | subprocess.Popen[bytes]] = {}
 
-    def start(self, rank: int, *flags: str, **variables: str) -> None:
-        command = [sys.executable, "tools/node_check.py", "--nodes", str(len(self.names))]
+    def start(self, rank: int, *flags: str, forked: bool = True, **variables: str) -> None:
+        command = ["tools/node_check.py", "--nodes", str(len(self.names))]
         command += ["--node-names", ",".join(self.names), "--master-addr", "127.0.0.1"]
         command += ["--master-port", str(self.port), "--path", str(self.run), "--min-bandwidth-gb", "0"]
+        command += flags
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         environment = kept | {"SLURM_NODEID": str(rank), "CUDA_VISIBLE_DEVICES": ""} | variables
-        with self._log(rank, "out").open("wb") as out, self._log(rank, "err").open("wb") as err:
+        self._logs[rank] = [self.folder / f"{rank}.out", self.folder / f"{rank}.err"]
+        if forked:
+            self.nodes[rank] = node = Forked(command, environment)
+            self._logs[rank] = node.streams
+            return
+        with self._logs[rank][0].open("wb") as out, self._logs[rank][1].open("wb") as err:
             self.nodes[rank] = subprocess.Popen(
-                [*command, *flags], cwd=ROOT, env=environment, stdout=out, stderr=err
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=out, stderr=err
             )
 
-    def start_all(self, *flags: str) -> None:
+    def start_all(self, *flags: str, forked: bool = True) -> None:
         for rank in range(len(self.names)):
-            self.start(rank, *flags)
-
-    def _log(self, rank: int, kind: str) -> Path:
-        return self.folder / f"{rank}.{kind}"
+            self.start(rank, *flags, forked=forked)
 
     def end(self, rank: int) -> int:
         return self.nodes[rank].wait(timeout=PATIENCE_SECONDS)
 
     def out(self, rank: int = 0) -> list[str]:
-        return self._log(rank, "out").read_text().splitlines()
+        return self._logs[rank][0].read_text().splitlines()
 
     def err(self, rank: int = 0) -> list[str]:
-        return self._log(rank, "err").read_text().splitlines()
+        return self._logs[rank][1].read_text().splitlines()
 
     def row(self, name: str) -> str:
         (row,) = [line for line in self.out() if line.startswith(f"node  {name} ")]
@@ -120,7 +125,7 @@ def test_four_nodes_that_are_well(job: Job, tmp_path: Path) -> None:
 
 
 def test_quiet_where_all_is_well(job: Job) -> None:
-    job.start_all("--quiet")
+    job.start_all("--quiet", forked=False)
     assert [job.end(0), job.end(1)] == [0, 0]
     assert job.out() == []
     assert job.err() == []

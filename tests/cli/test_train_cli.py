@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import run_ranks
 
 from megatron_tokedit.cli.train import main
 from megatron_tokedit.cli.train_sources import outdated_sources
@@ -242,7 +243,7 @@ def test_prepares_trains_and_resumes_on_four_ranks(tmp_path: Path) -> None:
     assert "preparing source docs" in first.stderr
     assert "Warning" not in first.stderr
     assert "stopped by exit_at_step after step 2 of 4" in first.stderr
-    second = torchrun(4, *tiny(tmp_path, *layout, *steps))
+    second = run_ranks(4, ["tools/train.py", *tiny(tmp_path, *layout, *steps)])
     assert second.returncode == 0, second.stderr
     assert "resuming after step 2" in second.stderr
     assert "preparing" not in second.stderr

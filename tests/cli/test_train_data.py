@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import run_ranks
 
 from megatron_tokedit.cli.train import main
 from megatron_tokedit.cli.train_report import known_sources
@@ -116,6 +117,7 @@ def test_input_that_is_gone_is_no_reason_to_stop(tmp_path: Path, capsys: pytest.
     assert "corpus.jsonl: does not exist" in message
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_edited_sources_are_known_by_their_prior(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same weights elsewhere are the same prior; others are not."""
     priors = [write_hf_llama(tmp_path / f"prior{seed}", vocab_size=1024, seed=seed) for seed in (1, 2)]
@@ -220,17 +222,7 @@ def test_build_index_then_train_on_two_ranks(tmp_path: Path, capsys: pytest.Capt
     steps = ("training.train_steps=2", "schedule.lr_warmup_steps=1")
     arguments = raw(tmp_path, *steps, "data.train.0.edit.unit_documents=30")
 
-    def torchrun(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        return subprocess.run(
-            [*command, "tools/train.py", *arguments, *more],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            text=True,
-            capture_output=True,
-            timeout=280,
-        )
-
-    done = torchrun("--prepare")
+    done = run_ranks(2, ["tools/train.py", *arguments, "--prepare"])
     assert done.returncode == 0, done.stderr
     assert main([*arguments, "--dry-run", "--build-index"]) == 0
     shown = capsys.readouterr().out
@@ -238,7 +230,7 @@ def test_build_index_then_train_on_two_ranks(tmp_path: Path, capsys: pytest.Capt
     assert "step 2: learning rate" in shown
     files = sorted((tmp_path / "run" / "index_cache").rglob("*"))
     assert files
-    done = torchrun()
+    done = run_ranks(2, ["tools/train.py", *arguments])
     assert done.returncode == 0, done.stderr
     assert "finished: 2 steps" in done.stderr
     assert sorted((tmp_path / "run" / "index_cache").rglob("*")) == files

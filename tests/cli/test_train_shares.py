@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from prepare_cases import ROOT, TINY, PreparedRun, make_prior, wait_until
+from forks import Forked
+from prepare_cases import ROOT, TINY, PreparedRun, clean_environment, make_prior, wait_until
 
 from megatron_tokedit.cli.train import main
 
@@ -63,6 +64,7 @@ def edit(share: str) -> list[str]:
     return ["--stage", "edit", "--share", share]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("placed", [False, True])
 def test_shares_that_start_at_once_plan_once_and_make_the_same_bytes(
     tmp_path: Path, whole: PreparedRun, placed: bool
@@ -76,8 +78,11 @@ def test_shares_that_start_at_once_plan_once_and_make_the_same_bytes(
         run.arguments += [*nowhere, f"data.prepared_dir={run.folder}/prepared"]
     num_tasks, units = (2, 9) if placed else (4, 5)  # a task with a prior is two processes with torch
     counts = tmp_path / "counts"
-    script = ("-c", COUNTING, str(counts))
-    tasks = [run.start(*edit(f"{index}/{num_tasks}"), script=script) for index in range(num_tasks)]
+    shares = [edit(f"{index}/{num_tasks}") for index in range(num_tasks)]
+    tasks = [
+        Forked(["-c", COUNTING, counts, *run.arguments, "--prepare", *share], clean_environment())
+        for share in shares
+    ]
     said = [task.communicate(timeout=200)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0] * num_tasks, said
     assert sorted(counts.read_text().split()) == ["hash"] * placed + ["scan"] * 2, (

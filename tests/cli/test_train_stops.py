@@ -94,7 +94,8 @@ def test_one_process_that_works_itself(tmp_path: Path, slow: str, number: int) -
 
 @pytest.mark.parametrize("number", BOTH)
 def test_a_process_with_workers_ends_them(tmp_path: Path, slow: str, number: int) -> None:
-    run = PreparedRun(tmp_path / "out", make_prior(tmp_path))
+    prior = make_prior(tmp_path) if number == signal.SIGTERM else None
+    run = PreparedRun(tmp_path / "out", prior)
     process = run.start("data.train.0.edit.workers=2", script=(slow,))
     wait_until(process, lambda: len(run.done()) >= 1)
     processes = family(process)

@@ -213,7 +213,7 @@ def test_what_a_plan_remembers_of_a_file_is_small(tmp_path: Path) -> None:
 
 
 def test_many_text_files_do_not_flood_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="megatron_tokedit")
+    caplog.set_level(logging.INFO)
     for number in range(200):
         (tmp_path / f"{number:03d}.txt").write_text("two\nlines\n")
     plan_units(expand_inputs([str(tmp_path / "*.txt")]))

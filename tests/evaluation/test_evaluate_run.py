@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import run_forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_tokedit.cli.evaluate import main
@@ -35,14 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     short = ("training.train_steps=2", "schedule.lr_warmup_steps=1", "checkpoint.save_interval_steps=1")
     overrides += [*short, "training.eval_steps=1"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "tools/train.py", "--config", config, *overrides],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        text=True,
-        capture_output=True,
-        timeout=280,
-    )
+    done = run_forked(["tools/train.py", "--config", config, *overrides], environment)
     assert done.returncode == 0, done.stderr
     return [config, *overrides]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forked
 
 from megatron_tokedit.cli.evaluate import main
 from megatron_tokedit.testing.ranks import RankPool
@@ -143,8 +144,7 @@ def test_a_killed_evaluation_goes_on(
     output = tmp_path / "scores.json"
     arguments = ("--checkpoint", folder / "hf", "--tasks", folder / "tasks", "--output", output)
     more = ("--batch-tokens", 8)  # eight pairs at a time
-    command = [sys.executable, TOOL, "tasks", *map(str, (*arguments, *more))]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = Forked([TOOL, "tasks", *arguments, *more], ENVIRONMENT)
     partial, deadline = Path(f"{output}.partial"), time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
         if any(path.stat().st_size for path in partial.glob("*.jsonl")):
@@ -207,7 +207,13 @@ def test_one_message_and_no_traceback(
         assert usage.value.code == 2
 
 
-def test_the_help_fits_a_terminal() -> None:
-    command = [sys.executable, TOOL, "tasks", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=100, check=True)
-    assert max(map(len, shown.stdout.splitlines())) <= 110
+def test_the_help_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main(["tasks", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--tensor-parallel" in shown
+    assert max(map(len, shown.splitlines())) <= 110

@@ -98,6 +98,7 @@ def test_generations_are_edits_of_edits(folder, prior):
     assert changed > 50
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_any_number_of_workers_and_units(folder, prior):
     job(folder, "a", **editing(prior, edit_generations=2, workers=2, unit_documents=5))
     job(folder, "b", **editing(prior, edit_generations=2, workers=1, unit_documents=100))

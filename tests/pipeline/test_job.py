@@ -112,6 +112,7 @@ def test_several_keys_in_one_pass(folder, prior):
     assert IndexedDataset(f"{folder}/two_title_document").num_documents == 40
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_give_the_same_bytes(folder, prior):
     job(folder, "one", editing(prior, workers=1))
     job(folder, "two", editing(prior, workers=2))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import orjson
+import pytest
 from pipeline_cases import VOCAB_SIZE, editing, output_bytes, settings, write_corpus
 
 from megatron_tokedit.config.preprocess import preprocess_config
@@ -22,6 +23,7 @@ def save_checkpoint(folder, model, vocab_size):
     engine_cases.start(model, tp=2, vocab_size=vocab_size).save(folder, 1)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_checkpoint_edits_a_corpus(ranks, tmp_path):
     ranks.run(save_checkpoint, tmp_path / "run", tiny_llama(), VOCAB_SIZE, world_size=2)
     write_corpus(tmp_path / "corpus.jsonl")

@@ -194,9 +194,9 @@ def test_settings_that_contradict_replicas_are_refused(work, changes, words):
         preprocess_config(settings(work, "x", **asked))
 
 
-def test_torchrun_starts_two_replicas(work):
+def test_torchrun_starts_a_replica(work):
     command = [*arguments(work, "torchrun", "run"), "--prior-tensor-parallel", "2", "--quiet"]
-    found = torchrun(4, command)
+    found = torchrun(2, command)
     assert found.returncode == 0, found.stderr[-3000:]
     assert edits(work, "torchrun") == edits(work, "hf")
     statistics = orjson.loads((work / "torchrun_text_document.stats.json").read_bytes())

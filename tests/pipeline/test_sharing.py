@@ -15,6 +15,7 @@ import pytest
 from pipeline_cases import VOCAB_SIZE, editing, output_bytes, settings, write_corpus
 from test_kill import NONE, markers, start
 
+from megatron_tokedit.cli.preprocess_edit import main
 from megatron_tokedit.config.preprocess import preprocess_config
 from megatron_tokedit.dataset import read_manifest
 from megatron_tokedit.errors import ConfigError, DataFormatError, PlanError
@@ -277,7 +278,7 @@ def test_ctrl_c_is_one_message_whatever_the_workers_are_doing(tmp_path):
         assert errors.count("error: interrupted") == 1
 
 
-def test_a_warning_is_given_once(tmp_path):
+def test_a_warning_is_given_once(tmp_path, capfd):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     backend = Tokenizer(models.WordLevel({"a": 0, "<|endoftext|>": 1}, unk_token="a"))
@@ -286,9 +287,11 @@ def test_a_warning_is_given_once(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     write_corpus(tmp_path / "corpus.jsonl", num_documents=4)
-    flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer"))
+    arguments = ["--input", str(tmp_path / "corpus.jsonl"), "--append-eod", *NONE]
+    arguments += ["--tokenizer-type", "HuggingFaceTokenizer"]
+    arguments += ["--tokenizer-model", str(tmp_path / "tokenizer")]
     for workers in ("1", "2"):
-        process = start(tmp_path, f"out{workers}", *NONE, *flags, "--workers", workers)
-        errors = process.communicate(timeout=120)[1].decode()
-        assert process.returncode == 0, errors
+        code = main([*arguments, "--output-prefix", str(tmp_path / f"out{workers}"), "--workers", workers])
+        errors = capfd.readouterr().err  # of the workers, too
+        assert code == 0, errors
         assert errors.count("names no eos_token") == 1

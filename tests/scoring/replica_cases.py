@@ -129,6 +129,7 @@ def run_contract(folder):
     model = load_part(identity, dtype="float32", device=torch.device("cpu"), layout=layout)
     backbone = MegatronBackbone(identity, model, dtype="float32")
 
+    @contract.remembered
     @torch.inference_mode()
     def logprobs(ids):
         hidden = model.hidden_states(torch.tensor([ids]))[0]

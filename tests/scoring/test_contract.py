@@ -48,6 +48,7 @@ def hugging_face(folder, **settings):
         scorer = load_scorer(identity, options, device="cpu")
         return CausalScorer(scorer.backbone, options, **settings)
 
+    @contract.remembered
     @torch.inference_mode()
     def logprobs(ids):
         return model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()

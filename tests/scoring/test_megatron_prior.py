@@ -68,6 +68,7 @@ def run_contract(folder):
     assert backbone.size.num_matmul_parameters == matrices + identity.vocab_size * 32
     assert backbone.size.attention_width == 4 * 32
 
+    @contract.remembered
     @torch.inference_mode()
     def logprobs(ids):
         hidden = model.hidden_states(torch.tensor([ids]))[0]

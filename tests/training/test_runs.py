@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forks import Forked, run_forked
 from training_cases import train_on_rank, write_run
 
 from megatron_tokedit.testing.ranks import RankPool
 from megatron_tokedit.training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 RAMP = (
     "training.rampup_batch_size=[2, 2, 24]",
     "schedule={lr_warmup_tokens: 500, lr_decay_style: WSD, lr_wsd_decay_tokens: 200}",
@@ -91,12 +90,11 @@ def test_kill_during_a_save(tmp_path: Path, in_background: bool) -> None:
     ]
     setting = f"checkpoint.async_save={str(in_background).lower()}"
     steps = ("training.train_steps=9", "checkpoint.save_interval_steps=3", setting)
-    command = [sys.executable, "tools/train.py", "--config", "examples/tiny_cpu.yaml", *data, *steps]
+    command = ["tools/train.py", "--config", "examples/tiny_cpu.yaml", *data, *steps]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
-    subprocess.run([*command, f"run_dir={tmp_path}/straight"], check=True, timeout=250, **run)
+    run_forked([*command, f"run_dir={tmp_path}/straight"], environment).check_returncode()
     for first_step in (1, 4):
-        process = subprocess.Popen([*command, f"run_dir={tmp_path}/run"], start_new_session=True, **run)
+        process = Forked([*command, f"run_dir={tmp_path}/run"], environment, start_new_session=True)
         partial = tmp_path / "run" / "checkpoints" / f"step_{first_step + 2:08d}.partial"
         while not partial.exists():
             assert process.poll() is None
@@ -105,8 +103,8 @@ def test_kill_during_a_save(tmp_path: Path, in_background: bool) -> None:
         process.wait()
         if first_step == 1:  # let the first one through, so that there is something to go on from
             steps_done = [*command, f"run_dir={tmp_path}/run", "runtime.exit_at_step=3"]
-            subprocess.run(steps_done, check=True, timeout=250, **run)
-    subprocess.run([*command, f"run_dir={tmp_path}/run"], check=True, timeout=250, **run)
+            run_forked(steps_done, environment).check_returncode()
+    run_forked([*command, f"run_dir={tmp_path}/run"], environment).check_returncode()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 

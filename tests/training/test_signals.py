@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import fork_ranks, run_forked
 from training_cases import interrupted_at_start, interrupted_in_validation, train_on_rank, write_run
 
 from megatron_tokedit.testing.ranks import RankPool
 from megatron_tokedit.training.metrics import read_metrics
 from megatron_tokedit.training.signals import EXIT_REQUEUE, StopRequest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def test_while_there_is_nothing_to_save(ranks: RankPool, tmp_path: Path) -> None
 
 
 def test_time_limit(ranks: RankPool, tmp_path: Path) -> None:
-    endless = ("training.train_steps=4000", "runtime.exit_after_minutes=0.15")
+    endless = ("training.train_steps=4000", "runtime.exit_after_minutes=0.08")
     results = ranks.run(train_on_rank, write_run(tmp_path), endless, world_size=2)
     assert {result.stopped_by for result, _ in results} == {"exit_after_minutes"}
     (step,) = {result.state.step for result, _ in results}
@@ -86,30 +83,12 @@ sys.exit(main(sys.argv[1:]))
 
 
 class TwoRanks:
-    """Two ranks without a launcher, so that their exit codes are seen; killed at the end, output in files."""
+    """Two ranks without a launcher, so that their exit codes are seen; killed at the end."""
 
-    def __init__(self, folder: Path, program: list[str], arguments: list[str]) -> None:
-        self.logs = [folder / f"rank_{rank}.log" for rank in (0, 1)]
-        self.processes = []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        for rank, log in enumerate(self.logs):
-            environment = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-                "PYTHONFAULTHANDLER": "1",
-            }  # fmt: skip
-            with log.open("w") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *program, *arguments],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+    def __init__(self, program: list[str], arguments: list[str]) -> None:
+        environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+        self.processes = fork_ranks(2, [*program, *arguments], environment, stderr=subprocess.STDOUT)
+        self.logs = [process.streams[0] for process in self.processes]
 
     def __enter__(self) -> TwoRanks:
         return self
@@ -148,17 +127,14 @@ def tiny(folder: Path, *overrides: str) -> list[str]:
 
 def run_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, "tools/train.py", *arguments],
-        cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=200,
-    )  # fmt: skip
+    return run_forked(["tools/train.py", *arguments], environment | {"OMP_NUM_THREADS": "1"})
 
 
 def test_while_indexes_are_built(tmp_path: Path) -> None:
     """Rank 0 builds and is interrupted; rank 1 waits for it inside a collective and is ended."""
     arguments = tiny(tmp_path)
     assert run_alone(*arguments, "--prepare").returncode == 0
-    with TwoRanks(tmp_path, ["-c", SLOW_INDEXES], arguments) as ranks:
+    with TwoRanks(["-c", SLOW_INDEXES], arguments) as ranks:
         ranks.wait_for("building\n")
         sent = time.monotonic()
         for process in ranks.processes:
@@ -176,7 +152,7 @@ def test_exit_code_in_training(tmp_path: Path) -> None:
     arguments = tiny(tmp_path, "data.num_workers=1")
     assert run_alone(*arguments, "--prepare").returncode == 0
     endless = [*arguments, "training.train_steps=4000", "logging.log_interval_steps=1"]
-    with TwoRanks(tmp_path, ["tools/train.py"], endless) as ranks:
+    with TwoRanks(["tools/train.py"], endless) as ranks:
         ranks.wait_for("step    3/")
         ranks.processes[1].send_signal(signal.SIGTERM)  # one rank is told, all stop
         assert ranks.wait() == [EXIT_REQUEUE] * 2, ranks.output()
