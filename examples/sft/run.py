@@ -113,13 +113,13 @@ def report(out: Path, sets: list[str]) -> str:
 
     lines = ["| instruction set | eligible | changed | base | original | edited | change (95 % interval) |"]
     lines.append("|---|---|---|---|---|---|---|")
-    eligible: dict[str, int] = {}
+    changed: dict[str, int] = {}
     figure, axes = plt.subplots(figsize=(7, 1 + 0.7 * len(sets)), layout="constrained")
     for place, name in enumerate(sets):
         results = json.loads((out / f"{name}.json").read_text())
         values = dict(zip(("base", *ARMS), results["table"][0]["perplexity"], strict=True))
         edit = json.loads((out / "data" / name / "edited_sft_document.stats.json").read_text())["edit"]
-        eligible[name] = edit["eligible"]
+        changed[name] = edit["changed"]
         shares = [edit[what] / max(edit["scored"], 1) for what in ("eligible", "changed")]
         (token,) = (
             row["token"]
@@ -134,18 +134,23 @@ def report(out: Path, sets: list[str]) -> str:
             + " | ".join(f"{values[arm]:.3f}" for arm in ("base", *ARMS))
             + f" | {token['change_percent']:+.2f} % ({low:+.2f} to {high:+.2f}) |"
         )
-        for arm, colour in (("original", "#4c566a"), ("edited", "#d08770")):
-            axes.plot([values[arm]], [place], "o", color=colour, label=arm if not place else None)
+        change = token["change_percent"]
+        axes.errorbar(
+            *([change], [place]),
+            xerr=[[change - low], [high - change]],
+            **{"marker": "o", "capsize": 3, "color": "#5e81ac"},
+        )
+    axes.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(sets)), sets)
-    axes.set_xlabel("perplexity of held-out responses")
-    axes.legend(frameon=False)
+    axes.set_ylim(len(sets) - 0.5, -0.5)
+    axes.set_xlabel("perplexity of held-out responses: edited against original (%, 95 % interval)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "responses.png", dpi=140)
     plt.close(figure)
     table = "\n".join(lines)
-    if untouched := [name for name in sets if not eligible[name]]:
-        table += f"\n\nThe base is never sure of {', '.join(untouched)}: nothing was edited there."
+    if untouched := [name for name in sets if not changed[name]]:
+        table += f"\n\nThe base is sure of too little in {', '.join(untouched)}: nothing was changed there."
     (out / "report.md").write_text(f"Perplexity of held-out responses.\n\n{table}\n")
     return table
 
