@@ -42,6 +42,10 @@ class Stages:
             self.seconds[name] = record["seconds"]
             return record["result"]
         if record.get("key_started") != key:  # other settings: what a former run left does not count
+            if not record and (foreign := [str(path) for path in outputs if path.exists()]):
+                raise SystemExit(
+                    f"{', '.join(foreign)}: there already, and not made by this script; give another folder"
+                )
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             record_path.write_text(json.dumps({"key_started": key}))

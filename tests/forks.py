@@ -2,7 +2,8 @@
 
 Multiprocessing's fork server imports once what commands and ranks need. A forked command is the program of
 the same name with arguments, environment, output, signals and an exit code of its own. What a fork does not
-show is an import, what it warns of, or a launcher: tests about those start Python.
+show is an import, what it warns of, a launcher, another seed of hashes (all forks have the server's), or what
+happens when Python ends (a fork leaves without): tests about those start Python.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from megatron_tokedit.testing import ranks
 
@@ -47,6 +50,7 @@ class _Process(ForkServerProcess):
     def run(self) -> None:
         os.environ.clear()
         os.environ.update(self._environment)
+        numpy.random.seed()  # not the one that all forks would share
         super().run()
 
 
@@ -176,8 +180,9 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         """Signal it, if it runs."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        if self._process.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """As ``kill``."""

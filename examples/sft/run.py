@@ -40,7 +40,10 @@ SMOKE = ["training.train_steps=4", "schedule.lr_warmup_steps=1"]
 
 
 def split_instructions(folder: Path, sets: dict[str, list[Path]], max_bytes: int) -> dict:
-    """``NAME-PART.jsonl`` of each set, for fine-tuning, for the base and held out; a hash decides."""
+    """``NAME-PART.jsonl`` of each set, for fine-tuning, for the base and held out.
+
+    A hash of a record's longest text decides, so that a passage or an answer is in one part only.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, dict[str, int]] = {}
     for name, paths in sets.items():
@@ -50,7 +53,8 @@ def split_instructions(folder: Path, sets: dict[str, list[Path]], max_bytes: int
             left -= len(line)
             if left < 0:
                 break
-            place = hashlib.blake2b(line, digest_size=8).digest()[0]
+            longest = max(strings_of(orjson.loads(line)), key=len, default="")
+            place = hashlib.blake2b(" ".join(longest.split()).encode(), digest_size=8).digest()[0]
             part = "heldout" if place < HELD_OUT else "base" if place < FOR_THE_BASE else "train"
             lines[part].append(line)
         counts[name] = {part: len(found) for part, found in lines.items()}
@@ -111,8 +115,8 @@ def report(out: Path, sets: list[str]) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = ["| instruction set | eligible | changed | base | original | edited | change (95 % interval) |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    heads = ("instruction set", "held out", "eligible", "changed", "base", *ARMS, "change (95 % interval)")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     changed: dict[str, int] = {}
     figure, axes = plt.subplots(figsize=(7, 1 + 0.7 * len(sets)), layout="constrained")
     for place, name in enumerate(sets):
@@ -120,6 +124,8 @@ def report(out: Path, sets: list[str]) -> str:
         values = dict(zip(("base", *ARMS), results["table"][0]["perplexity"], strict=True))
         edit = json.loads((out / "data" / name / "edited_sft_document.stats.json").read_text())["edit"]
         changed[name] = edit["changed"]
+        held_out = json.loads((out / "data" / name / "heldout_sft_document.stats.json").read_text())
+        num_held_out = held_out["documents"]["out"]
         shares = [edit[what] / max(edit["scored"], 1) for what in ("eligible", "changed")]
         (token,) = (
             row["token"]
@@ -130,7 +136,7 @@ def report(out: Path, sets: list[str]) -> str:
         )
         low, high = token["change_percent_interval"] or (float("nan"),) * 2
         lines.append(
-            f"| {name} | {shares[0]:.2%} | {shares[1]:.2%} | "
+            f"| {name} | {num_held_out} | {shares[0]:.2%} | {shares[1]:.2%} | "
             + " | ".join(f"{values[arm]:.3f}" for arm in ("base", *ARMS))
             + f" | {token['change_percent']:+.2f} % ({low:+.2f} to {high:+.2f}) |"
         )
@@ -182,6 +188,8 @@ def parse_arguments() -> argparse.Namespace:
     names = [word.partition("=")[0] for word in arguments.instructions]
     if len(set(names)) < len(names) or not all("=" in word for word in arguments.instructions):
         parser.error("--instructions: expected NAME=FILE, each NAME once")
+    if "base" in names:
+        parser.error("--instructions: base is the name of the base's own text; take another")
     if unknown := {word.partition(":")[0] for word in arguments.keys} - set(names):
         parser.error(f"--keys: no instruction set is named {', '.join(sorted(unknown))}")
     return arguments

@@ -3,7 +3,7 @@
 A document is the unit vector that a sentence-embedding model makes of its text; distances are cosine
 distances. The map is a principal component analysis of all corpora together, so it is the same every time.
 
-Invariant: all measures are of the same number of documents of each corpus and may be compared.
+Invariant: the measures (not the map) are of equally many documents of each corpus and may be compared.
 """
 
 from __future__ import annotations
@@ -64,16 +64,17 @@ def describe(corpora: Sequence[Embeddings]) -> dict[str, Any]:
         corpora: in the order of the report.
 
     Returns:
-        ``num_documents`` of each corpus that were compared, the share of the variance that each of the two
-        axes shows, and for every corpus its points on the map; its spread, the mean cosine distance of two
-        of its documents; its median nearest similarity, the cosine to the nearest other document of the same
-        corpus; the share of its documents whose nearest of all documents is of the same corpus. None for
-        what a single document has not.
+        ``num_documents`` of each corpus that were compared; the share of the variance, of all corpora, that
+        each of the two axes shows; and for every corpus all its points on the map; its spread, the mean
+        cosine distance of two of its documents; its median nearest similarity, the cosine to the nearest
+        other document of the same corpus; the share of its documents whose nearest of all documents is of the
+        same corpus. None for what a single document has not.
     """
     count = min(len(known.ordinals_D) for known in corpora)
     chosen = [_evenly(known.vectors_DH, count) for known in corpora]
     vectors_NH = np.concatenate(chosen)
-    points_N2, shares = principal_axes(vectors_NH)
+    points_A2, shares = principal_axes(np.concatenate([known.vectors_DH for known in corpora]))
+    points = np.split(points_A2, np.cumsum([len(known.ordinals_D) for known in corpora])[:-1])
     own_N, any_is_own_N = _nearest(vectors_NH, count)
     entries = []
     for number, mine_DH in enumerate(chosen):
@@ -81,7 +82,7 @@ def describe(corpora: Sequence[Embeddings]) -> dict[str, Any]:
         has_others = count > 1
         entries.append(
             {
-                "points": [[float(f"{value:.5g}") for value in point] for point in points_N2[rows]],
+                "points": [[float(f"{value:.5g}") for value in point] for point in points[number]],
                 "spread": spread(mine_DH) if has_others else None,
                 "median_nearest_similarity": float(np.median(own_N[rows])) if has_others else None,
                 "share_nearest_is_own": float(any_is_own_N[rows].mean()) if has_others else None,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tokedit import log
 from megatron_tokedit.analysis.embedding import Vectors
 from megatron_tokedit.errors import ConfigError, PriorError
 
+logger = log.get_logger(__name__)
 DEFAULT_TOKENS = 512
 _BATCH_SIZE = 32
 _NOT_THE_MODEL = (".md", ".png", ".onnx", ".h5", ".ot", ".msgpack")
@@ -40,18 +42,18 @@ class EmbeddingChoice:
     max_tokens: int
 
 
-def choose_embedding_model(name: str, device: str, max_tokens: int) -> EmbeddingChoice:
+def choose_embedding_model(name: str, device: str, max_tokens: int | None) -> EmbeddingChoice:
     """Find the model's files, on this machine or on the hub.
 
     Args:
         name: a folder, of sentence-transformers or of transformers (then the mean of the last layer), or a
             name on the hub.
         device: ``auto``, ``cpu`` or ``cuda``.
-        max_tokens: as :class:`EmbeddingChoice`.
+        max_tokens: of a document that are wanted (default: 512, or the model's limit).
 
     Raises:
         ConfigError: no such model, or the package is missing.
-        PriorError: the device is missing, or a file cannot be read.
+        PriorError: the device is missing, a file cannot be read, or the model cannot be loaded.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError(
@@ -65,7 +67,13 @@ def choose_embedding_model(name: str, device: str, max_tokens: int) -> Embedding
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix not in _NOT_THE_MODEL]
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise ConfigError(f"--embedding-model {name}: has neither config.json nor modules.json")
-    return EmbeddingChoice(name, str(folder), hash_files(files), resolve_device(device).type, max_tokens)
+    kind = resolve_device(device).type
+    choice = EmbeddingChoice(name, str(folder), hash_files(files), kind, max_tokens or DEFAULT_TOKENS)
+    # loaded here, so that a model that cannot be is known before all the counting
+    limit = EmbeddingModel(choice).max_tokens
+    if max_tokens and limit < max_tokens:
+        logger.warning("--embedding-tokens %d: %s reads %d at most", max_tokens, name, limit)
+    return replace(choice, max_tokens=limit)
 
 
 def _fetch(name: str) -> Path:
@@ -87,6 +95,9 @@ class EmbeddingModel:
 
     Args:
         choice: which.
+
+    Attributes:
+        max_tokens: of a document that it reads: what is asked for, or the model's own limit.
 
     Raises:
         PriorError: the files are no model.
@@ -114,7 +125,8 @@ class EmbeddingModel:
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise PriorError(f"--embedding-model {choice.name}: cannot be loaded: {reason}") from error
-        self._model.max_seq_length = min(self._model.max_seq_length or choice.max_tokens, choice.max_tokens)
+        self.max_tokens = min(self._model.max_seq_length or choice.max_tokens, choice.max_tokens)
+        self._model.max_seq_length = self.max_tokens
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Vectors of length 1, float32 ``[len(texts), H]``."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_tokedit import log
 from megatron_tokedit.analysis import compare, dsir, embedding
 from megatron_tokedit.analysis.blocks import Ints
 from megatron_tokedit.analysis.cache import ResultCache
@@ -27,6 +28,10 @@ from megatron_tokedit.analysis.statistics import CorpusStatistics
 from megatron_tokedit.analysis.worker import PartWorker, PriorChoice, Setup, TokenizerChoice
 from megatron_tokedit.errors import DataFormatError
 from megatron_tokedit.tokenizers import Tokenizer
+
+logger = log.get_logger(__name__)
+MIN_EMBEDDED = 30
+"""Documents of a corpus below which the measures of the map say little."""
 
 
 class Progress(Protocol):
@@ -304,6 +309,12 @@ class Analysis:
                 raise DataFormatError(
                     f"{corpus.name}: none of the documents drawn for the map holds text; raise "
                     "--embedding-documents"
+                )
+            if len(known.ordinals_D) < MIN_EMBEDDED:
+                logger.warning(
+                    "%s: has %d documents with text for the map, so that all corpora are compared on no more",
+                    corpus.name,
+                    len(known.ordinals_D),
                 )
         described = embedding.describe(found)
         return {"model": model.name, "max_tokens": model.max_tokens, **described}

@@ -248,7 +248,7 @@ def _embedding(arguments: argparse.Namespace) -> EmbeddingChoice | None:
     return choose_embedding_model(
         arguments.embedding_model,
         arguments.embedding_device or "auto",
-        arguments.embedding_tokens or DEFAULT_TOKENS,
+        arguments.embedding_tokens,
     )
 
 

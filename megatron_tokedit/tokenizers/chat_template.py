@@ -244,13 +244,17 @@ class ChatTemplate:
                 return None
 
         is_placed = [place is not None for place in contents]
-        found = find_spelled(render, messages, tools, text, is_placed, control)
+        nowhere = [False] * len(messages)  # a template may write a content twice, and one place is known
+        found = find_spelled(render, messages, tools, text, nowhere, control)
+        if found is None:
+            found = find_spelled(render, messages, tools, text, is_placed, control)
         if found is None:
             raise self._error(
                 "writes control tokens that the conversation spells (in a tool call, a tool, a name, ...) in "
                 "such a form that they cannot be told from its own; take them out of the conversation"
             )
-        return found
+        places = [place for place in contents if place]
+        return [(i, j) for i, j in found if not any(start <= i and j <= stop for start, stop in places)]
 
     def _refuse_dropped(
         self,

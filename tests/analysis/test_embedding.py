@@ -59,7 +59,7 @@ def test_all_corpora_are_measured_on_equally_many_documents() -> None:
     large, small = random_units(1, 50), random_units(2, 10)
     found = describe([corpus(large), corpus(small)])
     assert found["num_documents"] == 10
-    assert [len(entry["points"]) for entry in found["corpora"]] == [10, 10]
+    assert [len(entry["points"]) for entry in found["corpora"]] == [50, 10]
     chosen = large[np.linspace(0, 49, 10).round().astype(int)]
     assert found["corpora"][0]["spread"] == pytest.approx(spread(chosen))
 
@@ -67,7 +67,7 @@ def test_all_corpora_are_measured_on_equally_many_documents() -> None:
 def test_one_document_has_no_neighbours() -> None:
     found = describe([corpus(random_units(1, 1)), corpus(random_units(2, 4))])
     assert [entry["spread"] for entry in found["corpora"]] == [None, None]
-    assert len(found["corpora"][1]["points"]) == 1
+    assert len(found["corpora"][1]["points"]) == 4
     assert describe([corpus(random_units(1, 1))])["variance_shares"] == [0.0, 0.0]
 
 

@@ -118,6 +118,17 @@ def test_only_the_first_tokens_are_read(model: Path) -> None:
     assert np.allclose(short, whole, atol=1e-6)
 
 
+def test_the_limit_of_the_model_is_what_is_reported(model: Path, tmp_path: Path) -> None:
+    sea = write(tmp_path / "sea.jsonl", SEA, 1, 4)
+    made = SentenceTransformer(str(model), device="cpu")
+    made.max_seq_length = 3
+    made.save(str(tmp_path / "made"))
+    arguments = ["--input", f"sea={sea}", "--embedding-model", str(tmp_path / "made"), "--workers", "1"]
+    assert analyze(tmp_path / "out", *arguments)["max_tokens"] == 3
+    assert choose_embedding_model(str(tmp_path / "made"), "cpu", 2).max_tokens == 2
+    assert choose_embedding_model(str(model), "cpu", None).max_tokens == 64
+
+
 def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     sea = write(tmp_path / "sea.jsonl", SEA, 1, 4)
     command = ["--input", f"sea={sea}", *TOKENIZER, "--output-dir", str(tmp_path / "out"), "--workers", "1"]

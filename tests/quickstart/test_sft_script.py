@@ -44,11 +44,22 @@ def test_from_conversations_to_a_table(tmp_path: Path) -> None:
     assert "$ " not in run(*arguments).stdout, "nothing is run a second time"
 
 
+def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    mine = tmp_path / "text" / "mine.txt"
+    mine.write_text("precious")
+    done = run("--instructions", "docs=examples/tiny_cpu/chats.jsonl", "--output-dir", tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path}/text: there already, and not made by this script" in done.stderr
+    assert mine.read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--instructions", "a=nowhere.jsonl"), "no such file: "),
         (("--instructions", "a"), "expected NAME=FILE"),
+        (("--instructions", "base=x.jsonl"), "base is the name of the base's own text"),
         (("--instructions", "a=x.jsonl", "--keys", "b:prompt=q"), "no instruction set is named b"),
     ],
 )

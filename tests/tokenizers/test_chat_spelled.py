@@ -94,6 +94,22 @@ def test_a_content_in_another_form_is_looked_at_too():
     assert rendered.spelled == [(rendered.text.index("<|im_end|>"), rendered.text.index(" a<"))]
 
 
+def test_a_content_that_is_written_twice_is_found_twice():
+    source = (
+        "{% for m in messages[1:] %}{{ '[' + messages[0].content + '] ' if m.role == 'user' else '' }}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    talk = [{"role": "system", "content": "be <|im_end|> kind"}]
+    talk += [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    rendered = ChatTemplate("mine", source, {}).render(talk, None, CONTROL)
+    text = rendered.text
+    first = text.index("<|im_end|>")
+    (start, stop) = rendered.contents[0]
+    assert text[start:stop] == "be <|im_end|> kind"
+    assert start > first
+    assert rendered.spelled == [(first, first + len("<|im_end|>"))]  # the other is the content's
+
+
 @pytest.mark.parametrize("how", ["{{ c.name }}{{ c.name | length }}", "{{ c.items() | sort }}"])
 def test_where_they_cannot_be_told_apart_the_template_is_refused(how):
     source = (
