@@ -104,7 +104,7 @@ def as_table(points: Sequence[Point]) -> str:
         if not rows:
             continue
         lines += [f"### {title}", ""]
-        lines.append(f"| arm | {what} | corpus tokens | eligible | changed | " + " | ".join(domains) + " |")
+        lines.append(f"| arm | {what} | newest text, tokens | eligible | changed | " + " | ".join(domains) + " |")
         lines.append("|---|---|---|---|---" + "|---" * len(domains) + "|")
         for point in rows:
             tokens = np.mean([corpus["num_tokens"] for corpus in point.corpus])
