@@ -154,7 +154,9 @@ def test_a_killed_rank_ends_the_job_with_its_node_and_signal(chain: Chain, clust
     begin = time.monotonic()
     facts = run.wait(job, "FAILED", seconds=60)
     assert time.monotonic() - begin < 60
-    assert (facts["Restarts"], facts["ExitCode"]) == ("0", "1:0")
+    # srun gives the highest code: 143 where the other node was told to stop before it found out by itself
+    assert facts["Restarts"] == "0"
+    assert facts["ExitCode"] in ("1:0", "143:0")
     (line,) = [line for line in run.said().splitlines() if "step train FAILED" in line]
     assert "first on n2" in line
     assert "Signal 9" in line
