@@ -104,7 +104,8 @@ def as_table(points: Sequence[Point]) -> str:
         if not rows:
             continue
         lines += [f"### {title}", ""]
-        lines.append(f"| arm | {what} | newest text, tokens | eligible | changed | " + " | ".join(domains) + " |")
+        heads = ("arm", what, "newest text, tokens", "eligible", "changed", *domains)
+        lines.append(f"| {' | '.join(heads)} |")
         lines.append("|---|---|---|---|---" + "|---" * len(domains) + "|")
         for point in rows:
             tokens = np.mean([corpus["num_tokens"] for corpus in point.corpus])
