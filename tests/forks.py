@@ -30,7 +30,6 @@ import numpy
 from megatron_tokedit.testing import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_THE_SERVER = ranks._WORKER_ENVIRONMENT | {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": os.pathsep.join(
@@ -65,15 +64,8 @@ def fork_server() -> _Context:
     context = _Context()
     if multiprocessing.parent_process() is None:
         context.set_forkserver_preload(["forks_imports"])
-        before = dict(os.environ)
-        os.environ.update(_OF_THE_SERVER)
-        for name in _LAUNCHER:
-            os.environ.pop(name, None)
-        try:
+        with ranks._environment(_OF_THE_SERVER, ranks._LAUNCHER_VARIABLES):
             ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
     return context
 
 
@@ -118,10 +110,8 @@ def _rank(connection: Connection) -> None:
         tear_down()
 
     ranks._tear_down = forget_everything
-    for name in _LAUNCHER:
-        os.environ.pop(name, None)
-    os.environ.update(ranks._WORKER_ENVIRONMENT)
-    ranks._serve(connection)
+    with ranks._environment(ranks._WORKER_ENVIRONMENT, ranks._LAUNCHER_VARIABLES):
+        ranks._serve(connection)
 
 
 class Forked:

@@ -141,11 +141,8 @@ def report(out: Path, sets: list[str]) -> str:
             + f" | {token['change_percent']:+.2f} % ({low:+.2f} to {high:+.2f}) |"
         )
         change = token["change_percent"]
-        axes.errorbar(
-            *([change], [place]),
-            xerr=[[change - low], [high - change]],
-            **{"marker": "o", "capsize": 3, "color": "#5e81ac"},
-        )
+        bar = [[change - low], [high - change]]
+        axes.errorbar([change], [place], xerr=bar, marker="o", capsize=3, color="#5e81ac")
     axes.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(sets)), sets)
     axes.set_ylim(len(sets) - 0.5, -0.5)
