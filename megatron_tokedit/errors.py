@@ -38,3 +38,9 @@ class DivergenceError(TokeditError):
 
 class PlanError(TokeditError):
     """A preprocessing job whose recorded plan is not the one asked for, or whose units are unfinished."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]

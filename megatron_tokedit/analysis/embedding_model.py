@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_tokedit import log
 from megatron_tokedit.analysis.embedding import Vectors
-from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.errors import ConfigError, PriorError, first_line
 
 logger = log.get_logger(__name__)
 DEFAULT_TOKENS = 512
@@ -84,9 +84,8 @@ def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=[f"*{suffix}" for suffix in _NOT_THE_MODEL]))
     except (HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--embedding-model {name}: is no folder here, and the hub does not give it: {reason}"
+            f"--embedding-model {name}: is no folder here, and the hub does not give it: {first_line(error)}"
         ) from error
 
 
@@ -123,8 +122,8 @@ class EmbeddingModel:
             if tokenizer.pad_token is None:  # models that write text have none
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise PriorError(f"--embedding-model {choice.name}: cannot be loaded: {reason}") from error
+            message = f"--embedding-model {choice.name}: cannot be loaded: {first_line(error)}"
+            raise PriorError(message) from error
         self.max_tokens = min(self._model.max_seq_length or choice.max_tokens, choice.max_tokens)
         self._model.max_seq_length = self.max_tokens
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from megatron_tokedit.errors import CheckpointError
+from megatron_tokedit.errors import CheckpointError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,8 +34,7 @@ def load_model(folder: Path, device_type: str, dtype: str) -> Any:
             folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises bare Exceptions of many kinds for damaged folders
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{folder}: the model cannot be loaded: {lines[0]}") from error
+        raise CheckpointError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if missing := sorted(report["missing_keys"]):

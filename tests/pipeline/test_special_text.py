@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import orjson
 import pytest
@@ -54,8 +52,7 @@ def job(folder, tokenizer, name, choice):
     return IndexedDataset(f"{folder}/{name}_text_document")
 
 
-def test_encoded_counted_and_warned_about(folder, tokenizer, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("megatron_tokedit"), "propagate", True)
+def test_encoded_counted_and_warned_about(folder, tokenizer, caplog):
     dataset = job(folder, tokenizer, "out", "encode")
     eod = load_tokenizer("HuggingFaceTokenizer", tokenizer).eod
     assert [int((np.concatenate(dataset.document(i)) == eod).sum()) for i in range(3)] == [1, 3, 1]

@@ -65,12 +65,8 @@ class Record:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    root = logging.getLogger("megatron_tokedit")
-    before = root.propagate
-    root.propagate = True
     with caplog.at_level(logging.INFO, logger="megatron_tokedit"):
         yield caplog
-    root.propagate = before
 
 
 def test_spelled() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_tokedit.errors import ConfigError, PriorError
+from megatron_tokedit.errors import ConfigError, PriorError, first_line
 from megatron_tokedit.evaluation.tasks.model import ModelOptions
 from megatron_tokedit.scoring.load import resolve_device
 
@@ -44,8 +44,7 @@ def load_lm_eval_model(path: str, options: ModelOptions) -> Any:
             path, dtype=getattr(torch, options.dtype), local_files_only=True
         )
     except Exception as error:  # transformers raises bare Exceptions of many kinds for damaged folders
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise PriorError(f"{path}: cannot be loaded: {lines[0]}") from error
+        raise PriorError(f"{path}: cannot be loaded: {first_line(error)}") from error
     return HFLM(
         pretrained=model.to(device),
         tokenizer=tokenizer,
